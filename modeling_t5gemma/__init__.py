@@ -29,13 +29,12 @@ from .modeling_t5gemma import (
     AdaptedSeq2SeqModel,
     AdaptedSeq2SeqPreTrainedModel,
     T5GemmaEncoderModel,
-    T5GemmaEncoderOutput,
     T5GemmaForConditionalGeneration,
     T5GemmaForSequenceClassification,
     T5GemmaForTokenClassification,
     T5GemmaModel,
-    T5GemmaPreTrainedModel,
 )
+from .stacks import T5GemmaEncoderOutput, T5GemmaPreTrainedModel
 
 __version__ = "0.1.0"
 
@@ -67,7 +66,8 @@ _HEADS = {
     AutoModelForTokenClassification: (T5GemmaForTokenClassification, AdaptedSeq2SeqForTokenClassification),
     AutoModelForTextEncoding: (T5GemmaEncoderModel, AdaptedSeq2SeqEncoderModel),
 }
-for _config, _heads in zip((T5GemmaConfig, AdaptedSeq2SeqConfig), zip(*_HEADS.values(), strict=True), strict=True):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    for _auto, _head in zip(_HEADS, _heads, strict=True):
-        _auto.register(_config, _head, exist_ok=True)
+AutoConfig.register(T5GemmaConfig.model_type, T5GemmaConfig, exist_ok=True)
+AutoConfig.register(AdaptedSeq2SeqConfig.model_type, AdaptedSeq2SeqConfig, exist_ok=True)
+for _auto, (_t5gemma, _adapted) in _HEADS.items():
+    _auto.register(T5GemmaConfig, _t5gemma, exist_ok=True)
+    _auto.register(AdaptedSeq2SeqConfig, _adapted, exist_ok=True)

@@ -137,7 +137,9 @@ def resolve_backend(requested: str | None, needs: Needs) -> str:
 
 def capability_table() -> list[dict[str, str]]:
     """One row a backend, for the docs and the command line."""
-    return [{field.name: str(getattr(backend, field.name)) for field in fields(backend)} for backend in BACKENDS.values()]
+    return [
+        {field.name: str(getattr(backend, field.name)) for field in fields(backend)} for backend in BACKENDS.values()
+    ]
 
 
 def attention(

@@ -1,7 +1,7 @@
 """Attention modules and transformer layers.
 
-A layer is a chain of sublayers with the residual around each: "x = x + norm(attention(norm(x)))". What a family does not
-have is an ``Identity``, chosen when the module is built.
+A layer is a chain of sublayers with the residual around each: "x = x + norm(attention(norm(x)))". What a family does
+not have is an ``Identity``, chosen when the module is built.
 
 Shapes: B batch, T queries, S source length, N query heads, G key/value heads, H head_dim, D width.
 """
@@ -17,7 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Attended, attention
 from .cache import KeyValues, cross_key_values
-from .layers import GatedMLP, RMSNorm, Rope, StackConfig, apply_rope
+from .configuration_t5gemma import StackConfig
+from .layers import GatedMLP, RMSNorm, Rope, apply_rope
 from .masks import AttentionPattern
 
 
@@ -57,7 +58,7 @@ class _Attention(nn.Module):
         self.k_norm = head_norm(config)
 
     def split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, heads * H) to (B, heads, T, H). The number of heads is read off, since tensor parallelism splits it."""
+        """(B, T, heads * H) to (B, heads, T, H); tensor parallelism leaves fewer heads than the config says."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
@@ -115,7 +116,7 @@ class T5GemmaSelfAttention(_Attention):
 
 
 class T5GemmaCrossAttention(_Attention):
-    """Separate cross-attention: own weights, no RoPE, always global, keys and values from the encoder's final output."""
+    """Separate cross-attention: own weights, no RoPE, always global, over the encoder's final output."""
 
     def __init__(self, config: StackConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx, config.cross_attention_hidden_size)
@@ -141,7 +142,6 @@ class T5GemmaEncoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: StackConfig, layer_idx: int) -> None:
         super().__init__()
-        self.attention_type = config.layer_types[layer_idx]
         self.self_attn = T5GemmaSelfAttention(config, layer_idx)
         self.pre_self_attn_layernorm = norm(config, config.hidden_size)
         self.post_self_attn_layernorm = post_norm(config)
@@ -166,7 +166,6 @@ class T5GemmaDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: StackConfig, layer_idx: int) -> None:
         super().__init__()
-        self.attention_type = config.layer_types[layer_idx]
         self.self_attn = T5GemmaSelfAttention(config, layer_idx)
         self.pre_self_attn_layernorm = norm(config, config.hidden_size)
         self.post_self_attn_layernorm = post_norm(config)
@@ -201,8 +200,8 @@ class T5GemmaDecoderLayer(GradientCheckpointingLayer):
 
 
 class LayerwiseDecoderLayer(T5GemmaEncoderLayer):
-    """A decoder layer without cross-attention weights: it attends to a paired encoder layer's keys and values and to its
-    own in one softmax."""
+    """A decoder layer without cross-attention weights: in one softmax it attends to a paired encoder layer's keys and
+    values and to its own."""
 
     def forward(  # type: ignore[override]
         self,

@@ -1,20 +1,24 @@
 """Configurations: T5Gemma as released, and the wider encoder-decoder for what T5Gemma cannot represent.
 
-``T5GemmaConfig`` adds no key to transformers' own, so that a checkpoint goes back and forth between this package and stock
-transformers. ``AdaptedSeq2SeqConfig`` has its own ``model_type``, so that no stock loader can read its weights wrongly.
-Both describe the same model classes: a stack reads its switches from its config, and ``T5GemmaModuleConfig`` carries the
-values that T5Gemma fixes as class attributes, which are never serialised.
+``T5GemmaConfig`` adds no key to transformers' own, so that a checkpoint goes back and forth between this package and
+stock transformers. ``AdaptedSeq2SeqConfig`` has its own ``model_type``, so that no stock loader can read its weights
+wrongly. Both describe the same model classes: a stack reads its switches from its config, and ``T5GemmaModuleConfig``
+carries the values that T5Gemma fixes as class attributes, which are never serialised.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers import T5GemmaConfig as StockT5GemmaConfig
 from transformers import T5GemmaModuleConfig as StockT5GemmaModuleConfig
+
+# A T5GemmaModuleConfig or an AdaptedSeq2SeqModuleConfig. Fields are Optional until __post_init__ has filled them, which
+# no type checker sees.
+StackConfig: TypeAlias = Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 CROSS_ATTENTION_TYPES = ("separate", "layerwise")
@@ -44,7 +48,7 @@ STACK_PRESETS: dict[str, dict[str, int]] = {
 }
 RELEASED_PAIRS = ("s-s", "b-b", "l-l", "ml-ml", "xl-xl", "2b-2b", "9b-2b", "9b-9b")
 
-# Tensor parallelism: heads and FFN columns are split, outputs summed. Cross-attention included, which stock leaves out.
+# Tensor parallelism: heads and FFN columns are split, outputs summed; cross-attention too, which stock leaves out.
 _TP_PLAN = {
     f"layers.*.{module}.{projection}": style
     for module, projections in {
@@ -132,8 +136,8 @@ class T5GemmaConfig(StockT5GemmaConfig):
 
     sub_configs_defaults = {"encoder": T5GemmaModuleConfig, "decoder": T5GemmaModuleConfig}  # noqa: RUF012
 
-    encoder: T5GemmaModuleConfig | dict[Any, Any] | None = None
-    decoder: T5GemmaModuleConfig | dict[Any, Any] | None = None
+    encoder: StackConfig = None
+    decoder: StackConfig = None
 
     share_embeddings = False
     cross_attention_type = "separate"
@@ -249,11 +253,11 @@ class AdaptedSeq2SeqConfig(PreTrainedConfig):
     Attributes:
         encoder, decoder: the two stacks.
         cross_attention_type: "separate": own weights, keys and values from the encoder's final output, no RoPE (the
-            paper's). "layerwise": decoder layer l has no cross-attention weights; in one softmax it attends to the keys
-            and values that encoder layer m(l) computed for its own self-attention and then to its own. With a causal
-            encoder and the same tokens that is the decoder-only model itself.
+            paper's). "layerwise": decoder layer l has no cross-attention weights; in one softmax it attends to the
+            keys and values that encoder layer m(l) computed for its own self-attention and then to its own. With a
+            causal encoder and the same tokens that is the decoder-only model itself.
         cross_attention_map: m as a list with an encoder layer for each decoder layer; the identity by default.
-        share_embeddings: encoder and decoder use one embedding matrix.
+        share_embeddings: encoder, decoder and head use one embedding matrix.
 
     Raises:
         ValueError: stacks that cannot be paired in the way asked for.
@@ -276,8 +280,8 @@ class AdaptedSeq2SeqConfig(PreTrainedConfig):
         "AutoModelForTextEncoding": "modeling_t5gemma.AdaptedSeq2SeqEncoderModel",
     }
 
-    encoder: AdaptedSeq2SeqModuleConfig | dict[Any, Any] | None = None
-    decoder: AdaptedSeq2SeqModuleConfig | dict[Any, Any] | None = None
+    encoder: StackConfig = None
+    decoder: StackConfig = None
     is_encoder_decoder: bool = True
     cross_attention_type: str = "separate"
     cross_attention_map: list[int] | None = None
@@ -317,6 +321,10 @@ class AdaptedSeq2SeqConfig(PreTrainedConfig):
         decoder.cross_attention_type = self.cross_attention_type
         decoder.cross_attention_map = self.cross_attention_map
         encoder.output_key_values = self.cross_attention_type == "layerwise"
+        if self.share_embeddings and not self.tie_word_embeddings:
+            raise ValueError(
+                "share_embeddings is one matrix for both stacks and the head: it needs tie_word_embeddings."
+            )
         if self.share_embeddings and (encoder.vocab_size, encoder.hidden_size) != (
             decoder.vocab_size,
             decoder.hidden_size,
@@ -327,14 +335,14 @@ class AdaptedSeq2SeqConfig(PreTrainedConfig):
             )
 
 
-def is_bidirectional(config: T5GemmaModuleConfig | AdaptedSeq2SeqModuleConfig, layer_idx: int) -> bool:
+def is_bidirectional(config: StackConfig, layer_idx: int) -> bool:
     """Whether layer ``layer_idx`` of an encoder sees later tokens; a decoder's never does."""
     if config.is_decoder or config.bidirectional_layers == "none":
         return False
     return config.bidirectional_layers == "all" or layer_idx in config.bidirectional_layers
 
 
-def rope_parameters_of(config: T5GemmaModuleConfig | AdaptedSeq2SeqModuleConfig, layer_type: str) -> dict[str, Any]:
+def rope_parameters_of(config: StackConfig, layer_type: str) -> dict[str, Any]:
     """The rope dictionary of one layer type, whether the config has one for all or one for each."""
     assert config.rope_parameters is not None, "transformers fills it in"
     parameters: dict[str, Any] = config.rope_parameters.get(layer_type, config.rope_parameters)
@@ -351,7 +359,9 @@ def _own_stack(stack: Any, cls: type) -> Any:
 def _refuse_unrepresentable(kwargs: dict[str, Any]) -> None:
     """Refuse the switches that stock T5Gemma would carry along in the config and ignore."""
     for name in _T5GEMMA_FIXES & kwargs.keys():
-        fixed = getattr(T5GemmaModuleConfig, name) if hasattr(T5GemmaModuleConfig, name) else getattr(T5GemmaConfig, name)
+        fixed = (
+            getattr(T5GemmaModuleConfig, name) if hasattr(T5GemmaModuleConfig, name) else getattr(T5GemmaConfig, name)
+        )
         value = kwargs.pop(name)
         if value != fixed:
             raise ValueError(

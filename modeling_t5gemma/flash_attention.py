@@ -1,9 +1,9 @@
 """FlashAttention 2 and 3 behind the door: rows laid end to end without padding, two lists of lengths.
 
 The kernels align the last query of a sequence with its last key and know no mask, so everything a pattern says becomes
-a layout: padding is left out, each packed document is a sequence of its own, and queries and keys have their own lengths.
+a layout: padding is left out, each packed document is a sequence of its own, queries and keys have their own lengths.
 
-Shapes: B batch, T queries, S keys, N query heads, G key/value heads, H head_dim; P, K real queries and keys of the batch.
+Shapes: B batch, T queries, S keys, N query heads, G key/value heads, H head_dim; P, K real queries and keys in all.
 """
 
 from __future__ import annotations

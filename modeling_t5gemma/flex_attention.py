@@ -27,6 +27,7 @@ def flex_attention(
     """Attention as in ``attention.attention``: (B, N, T, H)."""
 
     def cap(score: torch.Tensor, *indices: torch.Tensor) -> torch.Tensor:
+        assert softcap is not None
         return torch.tanh(score / softcap) * softcap
 
     # The kernel needs contiguous inputs on some devices; projections come transposed.

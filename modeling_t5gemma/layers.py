@@ -1,6 +1,6 @@
-"""The parts every stack is made of: RMSNorm, rotary embedding, gated MLP.
+"""The parts stacks and models are made of: RMSNorm, rotary embedding, gated MLP, heads.
 
-Shapes: B batch, T length, N heads, H head_dim, D width.
+Shapes: B batch, T length, N heads, H head_dim, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .configuration_t5gemma import AdaptedSeq2SeqModuleConfig, T5GemmaModuleConfig, rope_parameters_of
+from .configuration_t5gemma import StackConfig, rope_parameters_of
 
-StackConfig = T5GemmaModuleConfig | AdaptedSeq2SeqModuleConfig
 Rope = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -99,3 +98,33 @@ def apply_rope(x_BNTH: torch.Tensor, rope: Rope) -> torch.Tensor:
     cos, sin = rope
     first, second = x_BNTH.chunk(2, dim=-1)
     return x_BNTH * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class LMHead(nn.Module):
+    """Hidden states (..., D) to logits over the vocabulary (..., V), softcapped."""
+
+    def __init__(self, config: StackConfig) -> None:
+        super().__init__()
+        self.out_proj = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.softcap = config.final_logit_softcapping
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.out_proj(x)
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+class ClassificationHead(nn.Module):
+    """Dropout and one projection to the labels."""
+
+    def __init__(self, width: int, num_labels: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.out_proj = nn.Linear(width, num_labels)
+
+    def reset_parameters(self, initializer_range: float) -> None:
+        nn.init.normal_(self.out_proj.weight, std=initializer_range * self.out_proj.out_features**-0.5)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scores: torch.Tensor = self.out_proj(self.dropout(x))
+        return scores

@@ -13,13 +13,13 @@ def cross_entropy(
 ) -> torch.Tensor:
     """Mean cross-entropy over the labels that are not ``IGNORED``, in nats.
 
-    Rows with an ignored label are dropped before anything is cast to float32: at a vocabulary of 256,000 each costs 1 MB.
+    Rows with an ignored label are dropped before anything is cast to float32: at 256,000 words each costs 1 MB.
 
     Args:
         logits: float (..., V), already aligned with the labels.
         labels: int64 (...).
-        num_items_in_batch: what to divide the sum by instead of this batch's own number of labels, so that micro-batches
-            of an accumulated batch weigh by their tokens.
+        num_items_in_batch: what to divide the sum by instead of this batch's own number of labels, so that
+            micro-batches of an accumulated batch weigh by their tokens.
 
     Returns:
         float32 scalar; 0 with a graph when every label is ignored.

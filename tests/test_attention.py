@@ -52,9 +52,7 @@ def patterns() -> dict[str, AttentionPattern]:
         "causal window, padded right": AttentionPattern(index, index, True, 5, valid, query_valid=valid),
         "bidirectional, padded left": AttentionPattern(index, index, False, None, left, query_valid=left),
         "window, padded left": AttentionPattern(index, index, False, 5, left, query_valid=left),
-        "packed": AttentionPattern(
-            positions, positions, False, 4, segments != 0, segments, segments, segments != 0
-        ),
+        "packed": AttentionPattern(positions, positions, False, 4, segments != 0, segments, segments, segments != 0),
         "cross": cross,
         "cross, packed": packed_cross,
         "cross, a row without a key": AttentionPattern(target_index, index, key_valid=nothing),
@@ -134,7 +132,19 @@ def test_backends_agree_with_eager(backend, kind, softcap, dtype):
 
 
 def varlen_reference(
-    q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, window_size, softcap, dropout_p
+    q,
+    k,
+    v,
+    *,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    max_seqlen_q,
+    max_seqlen_k,
+    softmax_scale,
+    causal,
+    window_size,
+    softcap,
+    dropout_p,
 ):
     """What flash_attn documents: sequences end to end, the last query aligned with the last key, a window of
     (left, right) around it, -1 for no limit, 0 where a query sees no key."""

@@ -48,7 +48,13 @@ def test_logits_are_the_decoder_only_models(pair, backend, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"num_beams": 3}, {"num_beams": 3, "use_cache": False}],
+    [
+        {},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
+        {"num_beams": 3},
+        {"num_beams": 3, "use_cache": False},
+    ],
     ids=str,
 )
 def test_generated_text_is_the_decoder_only_models(pair, side, kwargs):
@@ -138,7 +144,7 @@ def test_decoder_rows_share_an_encoder_row(pair):
 
 @torch.no_grad()
 def test_a_bidirectional_layer_sees_ahead_and_a_causal_one_does_not(pair):
-    source, causal = pair
+    source, _ = pair
     ids, changed = tokens(1, 12), tokens(1, 12)
     changed[0, -1] = 3 if ids[0, -1] != 3 else 4
     encode = {}
@@ -146,7 +152,7 @@ def test_a_bidirectional_layer_sees_ahead_and_a_causal_one_does_not(pair):
         encoder = layerwise(source, bidirectional_layers=layers).get_encoder()
         before, after = (encoder(input_ids=x, output_hidden_states=True).hidden_states for x in (ids, changed))
         encode[str(layers)] = [not torch.equal(x[0, 6], y[0, 6]) for x, y in zip(before, after, strict=True)]
-    # hidden_states[i] is what layer i reads; the last is the final output. The window of 6 hides token 11 from token 5.
+    # hidden_states[i] is what layer i reads; the last is the final output. Token 11 is within token 6's window of 6.
     assert encode["none"] == [False] * 5
     assert encode["all"] == [False, True, True, True, True]
     assert encode["[2]"] == [False, False, False, True, True]

@@ -43,6 +43,8 @@ def test_ends_of_source():
 
 
 def test_join_counts_over_both():
-    source = AttentionPattern(torch.tensor([[3, 4]]), torch.tensor([[0, 1, 2]]), key_valid=torch.tensor([[1, 1, 0]]).bool())
+    source = AttentionPattern(
+        torch.tensor([[3, 4]]), torch.tensor([[0, 1, 2]]), key_valid=torch.tensor([[1, 1, 0]]).bool()
+    )
     own = AttentionPattern(torch.tensor([[3, 4]]), torch.tensor([[3, 4]]), causal=True, window=3)
     assert join(source, own).visible()[0, 0].int().tolist() == [[0, 1, 0, 1, 0], [0, 0, 0, 1, 1]]

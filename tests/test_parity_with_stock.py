@@ -49,8 +49,8 @@ def test_the_decoders_window(twins):
 
 @torch.no_grad()
 def test_the_encoders_window_is_the_releases(twins):
-    """The release sees |q - k| < window; stock's eager path |q - k| <= window. A stock model whose encoder has a window
-    one smaller therefore is ours."""
+    """The release sees |q - k| < window; stock's eager path |q - k| <= window. So a stock model whose encoder has a
+    window one smaller is ours."""
     ours, stock = twins
     ids, decoder = tokens(2, 40), decoder_ids(2, 6)
     got = ours(input_ids=ids, decoder_input_ids=decoder).logits
@@ -84,7 +84,6 @@ def test_hidden_states_and_attentions(twins):
 
 @torch.no_grad()
 def test_loss_with_ignored_labels(twins):
-    ours, stock = twins
     labels = tokens(3, 9, seed=2)
     labels[0, 5:] = -100
     ids, mask = padded(tokens(3, 12), [12, 5, 9], "right", 12)
@@ -138,7 +137,7 @@ def test_generate_assisted(twins, how):
 
 @torch.no_grad()
 def test_a_checkpoint_that_stock_wrote(twins, tmp_path):
-    ours, stock = twins
+    _, stock = twins
     stock.save_pretrained(tmp_path)
     again, report = m.T5GemmaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -194,4 +193,4 @@ def test_a_fresh_model_is_not_doubled():
     assert hidden.pow(2).mean().sqrt().item() == pytest.approx(1, abs=0.01)
     # An encoder in bfloat16 keeps its frequencies in float32: they are no weights.
     assert not [name for name, _ in model.named_buffers()]
-    assert VOCAB == model.encoder.embed_tokens.num_embeddings
+    assert model.encoder.embed_tokens.num_embeddings == VOCAB

@@ -64,9 +64,11 @@ def gemma3(**kwargs) -> Gemma3ForCausalLM:
 
 
 def adapted_config(source: Gemma3ForCausalLM, **kwargs) -> m.AdaptedSeq2SeqConfig:
-    """The config of an encoder-decoder whose stacks both are ``source``'s; ``bidirectional_layers`` goes to the encoder."""
+    """Both stacks are ``source``'s; ``bidirectional_layers`` goes to the encoder."""
     names = set(m.AdaptedSeq2SeqModuleConfig.__dataclass_fields__) & set(source.config.to_dict())
-    stack = {name: copy.deepcopy(getattr(source.config, name)) for name in names if name not in ("dtype", "is_decoder")}
+    stack = {
+        name: copy.deepcopy(getattr(source.config, name)) for name in names if name not in ("dtype", "is_decoder")
+    }
     stack = {name: value for name, value in stack.items() if not hasattr(m.AdaptedSeq2SeqConfig, name)} | {
         name: stack[name] for name in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id") if name in stack
     }
@@ -77,7 +79,9 @@ def adapted_config(source: Gemma3ForCausalLM, **kwargs) -> m.AdaptedSeq2SeqConfi
 def layerwise(source: Gemma3ForCausalLM, **kwargs) -> m.AdaptedSeq2SeqForConditionalGeneration:
     """The layerwise encoder-decoder of a decoder-only model; causal unless ``bidirectional_layers`` says otherwise."""
     kwargs.setdefault("bidirectional_layers", "none")
-    model = m.AdaptedSeq2SeqForConditionalGeneration(adapted_config(source, cross_attention_type="layerwise", **kwargs))
+    model = m.AdaptedSeq2SeqForConditionalGeneration(
+        adapted_config(source, cross_attention_type="layerwise", **kwargs)
+    )
     renamed = {
         name.replace("input_layernorm", "pre_self_attn_layernorm").replace(
             "post_attention_layernorm", "post_self_attn_layernorm"
@@ -102,3 +106,17 @@ def padded(ids: torch.Tensor, lengths: list[int], side: str, width: int) -> tupl
         place = slice(0, length) if side == "right" else slice(width - length, width)
         out[row, place] = ids[row, :length]
     return out, (out != 0).long()
+
+
+def word_tokenizer():
+    """A tokenizer of VOCAB words, "w3" being token 3."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1, "<bos>": 2} | {f"w{i}": i for i in range(3, VOCAB)}
+    words["<unk>"] = words.pop("w3")
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>"
+    )
