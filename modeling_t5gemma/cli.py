@@ -1,0 +1,46 @@
+"""The command line: ``t5gemma COMMAND``."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+
+import typer
+
+from modeling_t5gemma.commands.convert import convert_command
+from modeling_t5gemma.commands.inspect import inspect
+from modeling_t5gemma.commands.verify import verify
+from modeling_t5gemma.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.command("convert")(convert_command(aliases_of="gemma2"))
+app.command()(verify)
+app.command()(inspect)
+
+
+@app.callback()
+def commands() -> None:
+    """Encoder-decoder models from pretrained decoder-only ones."""
+
+
+def main() -> None:
+    """Run ``t5gemma``: exit code 0, or 2 with one line on standard error for what the user can put right."""
+    run(app)
+
+
+def run_convert_script(aliases_of: str) -> None:
+    """Run ``t5gemma convert`` alone, with the aliases of another family."""
+    script = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    script.command()(convert_command(aliases_of))
+    run(script)
+
+
+def run(program: Callable[[], object]) -> None:
+    """Run a typer program; a termination lets it clean up, and a ``UserError`` is told in one line."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        program()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""The commands of ``t5gemma``, one module each."""

@@ -1,0 +1,52 @@
+"""``t5gemma verify``: the measured differences as a table."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
+from modeling_t5gemma.conversion.verification import Check, Verification, measure
+
+
+def verify(
+    source: Annotated[str, typer.Argument(help="What was converted: alias, Hub repository, folder or .gguf file.")],
+    converted: Annotated[str, typer.Argument(help="The folder that it was converted to.")],
+) -> None:
+    """Prove with numbers that a converted checkpoint computes what its source does. Exit code 1 if it does not."""
+    logging.disable_progress_bar()
+    verification = measure(source, converted)
+    Console().print(verification_table(verification))
+    if not verification.passed:
+        raise typer.Exit(1)
+
+
+def verification_table(verification: Verification) -> Table:
+    """A row for every check: largest absolute difference, noise floor, largest that passes, verdict."""
+    table = Table(
+        title="Converted checkpoint against its source",
+        caption="noise floor: how far the source's own output moves when its embeddings change by one rounding error",
+    )
+    table.add_column("check")
+    table.add_column("over")
+    for heading in ("difference", "noise floor", "allowed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for check in verification.checks:
+        table.add_row(check.name, check.note, *_numbers(check), _verdict(check))
+    return table
+
+
+def _numbers(check: Check) -> tuple[str, str, str]:
+    if check.difference is None:
+        return "", "", ""
+    return f"{check.difference:.1e}", f"{check.floor:.1e}", f"{check.allowed:.1e}"
+
+
+def _verdict(check: Check) -> str:
+    if check.skipped:
+        return "skipped"
+    return "[green]pass[/]" if check.passed else "[bold red]FAIL[/]"

@@ -1,0 +1,244 @@
+"""From what the user names (an alias, a Hub repository, a folder, a GGUF file) to a checkpoint that can be planned."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from modeling_t5gemma.conversion import hub
+from modeling_t5gemma.conversion.families import FAMILIES
+from modeling_t5gemma.conversion.family import Family
+from modeling_t5gemma.conversion.streaming import read_header, weight_dtype
+from modeling_t5gemma.conversion.tensors import RemoteTensor, StoredTensor
+from modeling_t5gemma.errors import UserError
+
+INDEX_FILE = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A decoder-only checkpoint on this machine.
+
+    Attributes:
+        name: what to call it: the Hub repository where it has one, or the last part of its path.
+        path: the folder, or the GGUF file.
+        commit: of a Hub repository, the commit that was read.
+        family: how to read it.
+        config: its text stack's config.
+        tensors: by the names in its files.
+        stack_names: stack name to name in its files, for every tensor of the text stack.
+        left_out: the other names, and why each may be left out.
+        generation: the contents of its ``generation_config.json``, {} without one.
+    """
+
+    name: str
+    path: Path
+    commit: str | None
+    family: Family
+    config: PreTrainedConfig
+    tensors: Mapping[str, StoredTensor]
+    stack_names: Mapping[str, str]
+    left_out: Mapping[str, str]
+    generation: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where the files beside the weights lie."""
+        return self.path.parent if self.path.is_file() else self.path
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.is_file()
+
+
+def resolve_source(
+    given: str, revision: str | None = None, aliases_of: str = "gemma2", *, weights: bool = True
+) -> Source:
+    """Find a source and read everything but its weights.
+
+    Args:
+        given: an alias of the family ``aliases_of``, the path of a folder or of a ``.gguf`` file, or a Hub repository.
+        revision: branch, tag or commit of a Hub repository.
+        weights: whether those of a Hub repository are fetched; a plan can be made without.
+
+    Raises:
+        UserError: it cannot be found, is not of a supported family, or its files are not as they should be.
+    """
+    aliases = FAMILIES[aliases_of].aliases
+    path = Path(given).expanduser()
+    if given not in aliases and path.exists():
+        if revision is not None:
+            raise UserError(f"--revision is for Hub repositories, and {given} is on this machine. Leave it out.")
+        return _open_local(path, name=path.resolve().name, commit=None)
+    repo = aliases.get(given, given)
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(repo):
+        raise UserError(
+            f"{given} is no file or folder here, and neither an alias ({', '.join(aliases)}) nor a Hub repository "
+            "(OWNER/NAME). Check the path."
+        )
+    # The small files first: an unsupported model should not cost a download of its weights.
+    folder, commit = hub.download(repo, revision, weights=False)
+    _family_of(read_json(folder / "config.json"), folder / "config.json")
+    if weights:
+        folder, commit = hub.download(repo, commit)
+        return _open_local(folder, name=repo, commit=commit)
+    table = hub.tensor_table(repo, commit)
+    looked_up = {name: RemoteTensor(shape, weight_dtype(code, name, repo)) for name, (code, shape) in table.items()}
+    return _open_folder(folder, repo, commit, looked_up)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: it is missing or does not hold a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing. Give a folder that holds a whole checkpoint.") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object. Download it again.")
+    return value
+
+
+def _open_local(path: Path, name: str, commit: str | None) -> Source:
+    if path.is_dir():
+        ggufs = sorted(path.glob("*.gguf"))
+        if not (path / "config.json").exists() and len(ggufs) == 1:
+            path = ggufs[0]
+    if path.is_dir():
+        return _open_folder(path, name, commit)
+    if path.suffix != ".gguf":
+        raise UserError(f"{path} is neither a folder nor a .gguf file. Give the folder that holds config.json.")
+    return _open_gguf(path, path.stem, commit)
+
+
+def _open_folder(
+    folder: Path, name: str, commit: str | None, looked_up: Mapping[str, StoredTensor] | None = None
+) -> Source:
+    config_file = folder / "config.json"
+    raw = read_json(config_file)
+    family = _family_of(raw, config_file)
+    if "quantization_config" in raw:
+        raise UserError(f"{config_file} describes quantised weights. Give the unquantised ones, or a .gguf file.")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    except Exception as error:  # transformers checks each field with an exception of its own
+        raise UserError(f"{config_file} is no valid {family.title} config ({_one_line(error)}). Repair it.") from error
+    tensors = _read_headers(folder) if looked_up is None else looked_up
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.exists() else {}
+    stack_names, left_out = _sort(family, list(tensors), family.stack_name, folder)
+    return Source(name, folder, commit, family, config, tensors, stack_names, left_out, generation)
+
+
+def _open_gguf(path: Path, name: str, commit: str | None) -> Source:
+    from modeling_t5gemma.conversion.gguf_file import read_gguf_header
+
+    header = read_gguf_header(path)
+    architecture = header.metadata.get("general.architecture")
+    by_architecture = {family.gguf.architecture: family for family in FAMILIES.values()}
+    if architecture not in by_architecture:
+        raise UserError(
+            f"{path} holds the architecture {architecture!r}; supported in GGUF files: {', '.join(by_architecture)}."
+        )
+    family = by_architecture[architecture]
+    header = read_gguf_header(path, added_to_norms=family.gguf.added_to_norms)
+    try:
+        fields = family.gguf.config(header.metadata)
+        tied = "output.weight" not in header.tensors
+        config = AutoConfig.for_model(family.model_type, tie_word_embeddings=tied, **fields)
+    except Exception as error:  # a key that is not there, or transformers' own exceptions
+        raise UserError(f"{path} has incomplete metadata ({_one_line(error)}). Give another conversion.") from error
+    generation_file = path.parent / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.exists() else {}
+    stack_names, left_out = _sort(family, list(header.tensors), family.gguf_stack_name, path)
+    return Source(name, path, commit, family, config, header.tensors, stack_names, left_out, generation)
+
+
+def _family_of(config: dict[str, Any], file: Path) -> Family:
+    architectures = config.get("architectures") or []
+    for family in FAMILIES.values():
+        if any(architecture in family.architectures for architecture in architectures):
+            return family
+        if not architectures and config.get("model_type") == family.model_type:
+            return family
+    supported = ", ".join(architecture for family in FAMILIES.values() for architecture in family.architectures)
+    seen = ", ".join(architectures) or f"model_type {config.get('model_type')!r}"
+    raise UserError(f"{file} describes {seen}, which cannot be converted. Supported: {supported}.")
+
+
+def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    for shard, listed in _shards(folder).items():
+        found = read_header(folder / shard)
+        if listed is not None and listed != set(found):
+            odd = sorted(listed ^ set(found))[0]
+            raise UserError(f"{folder / INDEX_FILE} and {shard} disagree about {odd}. Download both again.")
+        tensors.update(found)
+    return tensors
+
+
+def _shards(folder: Path) -> dict[str, set[str] | None]:
+    """The weight files of a folder, each with the tensors that its index says it holds (None without an index)."""
+    index_file = folder / INDEX_FILE
+    if index_file.exists():
+        weight_map = read_json(index_file).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index_file} has no weight_map. Download it again.")
+        shards: dict[str, set[str] | None] = {}
+        for tensor, shard in weight_map.items():
+            if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard:
+                raise UserError(f"{index_file} names {shard!r}, which is no file of its own folder. Do not trust it.")
+            listed = shards.setdefault(shard, set())
+            assert listed is not None
+            listed.add(tensor)
+        return shards
+    if (folder / "model.safetensors").exists():
+        return {"model.safetensors": None}
+    if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
+        raise UserError(
+            f"{folder / pickles[0]} is a pickle, which can run code when it is read. Give a safetensors checkpoint "
+            "(transformers' save_pretrained writes one)."
+        )
+    raise UserError(f"{folder} has neither model.safetensors nor {INDEX_FILE}. Give a folder with the weights.")
+
+
+def _sort(family: Family, names: list[str], translate: Any, where: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Split a source's tensors into those of the text stack and those that may be left out.
+
+    Raises:
+        UserError: a tensor is neither, or two tensors claim one place.
+    """
+    stack_names: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        stack_name = translate(name)
+        reason = family.reason_left_out(name)
+        if stack_name is not None:
+            if stack_name in stack_names:
+                raise UserError(f"{where} holds {name} and {stack_names[stack_name]} for one place. Remove one.")
+            stack_names[stack_name] = name
+        elif reason is not None:
+            left_out[name] = reason
+        else:
+            raise UserError(
+                f"{where} holds {name}, which no {family.title} has, so it is not known where it belongs. "
+                f"Give a plain {family.title} checkpoint (adapters merged)."
+            )
+    return stack_names, left_out
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,155 @@
+"""Safetensors files, read by their headers and written front to back.
+
+A tensor that keeps its dtype goes from file to file inside the kernel; any other passes through a few megabytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from modeling_t5gemma.conversion.tensors import (
+    DTYPE_CODES,
+    FLOAT_DTYPES,
+    FileRange,
+    SafetensorsTensor,
+    nbytes,
+)
+from modeling_t5gemma.errors import UserError
+
+# One call to the kernel, so that the progress bar moves.
+_COPY_BYTES = 64 << 20
+# What copy_file_range says where it does not exist for this pair of files.
+_CANNOT_COPY = {errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class TensorToWrite:
+    """A tensor to come: its header entry, and its bytes as a range of a file or as chunks of rows in ``dtype``."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    content: FileRange | Callable[[], Iterable[torch.Tensor]]
+
+
+def read_header(path: Path) -> dict[str, SafetensorsTensor]:
+    """The tensors of a safetensors file by name, without reading their data.
+
+    Raises:
+        UserError: the file is missing, cut short or damaged, or holds a tensor that is none of ``FLOAT_DTYPES``.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing. Download the checkpoint again.")
+    try:
+        with safe_open(path, framework="numpy"):  # checks the header against the file's size
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}). Download it again.") from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: SafetensorsTensor(
+            path,
+            8 + length + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            weight_dtype(entry["dtype"], name, str(path)),
+        )
+        for name, entry in header.items()
+    }
+
+
+def weight_dtype(code: str, name: str, where: str) -> torch.dtype:
+    """The dtype that a safetensors header calls ``code``.
+
+    Raises:
+        UserError: it is none of ``FLOAT_DTYPES``.
+    """
+    if code not in FLOAT_DTYPES:
+        raise UserError(
+            f"{where} holds {name} as {code}; only {', '.join(FLOAT_DTYPES)} can be converted. "
+            "Give an unquantised checkpoint."
+        )
+    return FLOAT_DTYPES[code]
+
+
+def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], on_bytes: Callable[[int], None]) -> None:
+    """Write one safetensors file, and have it on the disk before returning.
+
+    Args:
+        tensors: widest dtype first, so that every tensor is aligned.
+        on_bytes: called with the number of bytes of each piece written.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+    tensors = list(tensors)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + nbytes(tensor.shape, tensor.dtype)
+        header[tensor.name] = {
+            "dtype": DTYPE_CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("xb", buffering=0) as file:
+        _write(file, struct.pack("<Q", len(encoded)) + encoded)
+        for tensor in tensors:
+            if isinstance(tensor.content, FileRange):
+                _copy_range(tensor.content, file, on_bytes)
+                continue
+            for chunk in tensor.content():
+                assert chunk.dtype == tensor.dtype, "the header says otherwise"
+                # numpy has no bfloat16, so the values are handed over as bytes.
+                _write(file, chunk.contiguous().flatten().view(torch.uint8).numpy().data)
+                on_bytes(chunk.nbytes)
+        assert file.tell() == 8 + len(encoded) + end, "a tensor has other bytes than its shape and dtype say"
+        os.fsync(file.fileno())
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:
+    """The index of a sharded checkpoint: tensor name to file name."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write(file: IO[bytes], data: bytes | memoryview) -> None:
+    """Write all of ``data``: the operating system may take a part at a time."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[file.write(view) :]
+
+
+def _copy_range(source: FileRange, target: IO[bytes], on_bytes: Callable[[int], None]) -> None:
+    """Append a range of a file to ``target``, inside the kernel where it can."""
+    with source.path.open("rb", buffering=0) as file:
+        position, end = source.offset, source.offset + source.length
+        while position < end:
+            count = min(_COPY_BYTES, end - position)
+            try:
+                copied = os.copy_file_range(file.fileno(), target.fileno(), count, offset_src=position)
+            except (OSError, AttributeError) as error:  # AttributeError: macOS has no such call
+                if isinstance(error, OSError) and error.errno not in _CANNOT_COPY:
+                    raise
+                file.seek(position)
+                data = file.read(min(count, 8 << 20))
+                _write(target, data)
+                copied = len(data)
+            if copied == 0:
+                raise UserError(f"{source.path} became shorter while it was read. Download it again.")
+            position += copied
+            on_bytes(copied)

@@ -1,0 +1,242 @@
+"""The model that comes out: its config, and the names and shapes of the tensors that its checkpoint has to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from modeling_t5gemma.configuration_t5gemma import (
+    FULL,
+    AdaptedSeq2SeqConfig,
+    AdaptedSeq2SeqModuleConfig,
+    T5GemmaConfig,
+    T5GemmaModuleConfig,
+)
+from modeling_t5gemma.conversion.family import OUTPUT_HEAD
+from modeling_t5gemma.conversion.options import ConversionOptions, parse_layers
+from modeling_t5gemma.conversion.source import Source
+from modeling_t5gemma.errors import UserError
+
+ENCODER, DECODER = "encoder", "decoder"
+EMBEDDING = "embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack of the result.
+
+    Attributes:
+        source: the checkpoint that it comes from.
+        layers: the source's layer for each of its own.
+        kv_repeats: how many times each key/value head of the source stands in it.
+    """
+
+    source: Source
+    layers: list[int]
+    kv_repeats: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be made.
+
+    Attributes:
+        config: of the checkpoint, dtype not yet set.
+        encoder, decoder: where the stacks come from.
+        cross_attention: "copy", "random", "partial" or "layerwise".
+    """
+
+    config: T5GemmaConfig | AdaptedSeq2SeqConfig
+    encoder: Stack
+    decoder: Stack
+    cross_attention: str
+
+    def stack(self, side: str) -> Stack:
+        """The stack called "encoder" or "decoder"."""
+        return self.encoder if side == ENCODER else self.decoder
+
+
+def build_target(enc: Source, dec: Source, options: ConversionOptions) -> Target:
+    """Decide what comes out of two sources.
+
+    Two Gemma 2 whose pair stock T5Gemma can represent give a ``T5GemmaConfig``, all others ``AdaptedSeq2SeqConfig``.
+
+    Raises:
+        UserError: the sources cannot be paired in the way asked for.
+    """
+    for source in (enc, dec):
+        if getattr(source.config, "use_bidirectional_attention", None):
+            raise UserError(f"{source.name} is not causal (use_bidirectional_attention). Give a decoder-only model.")
+    if enc.config.vocab_size != dec.config.vocab_size:
+        raise UserError(
+            f"The vocabularies differ: {enc.name} has {enc.config.vocab_size} words, {dec.name} "
+            f"{dec.config.vocab_size}. Give two checkpoints with one vocabulary."
+        )
+    encoder = Stack(
+        enc, parse_layers("--enc-layers", options.enc_layers, enc.config.num_hidden_layers), _kv_repeats(enc, options)
+    )
+    decoder = Stack(dec, parse_layers("--dec-layers", options.dec_layers, dec.config.num_hidden_layers), kv_repeats=1)
+    cross_attention = _cross_attention(encoder, decoder, options.cross_attention)
+    bidirectional = _bidirectional_layers(options.encoder_attention, len(encoder.layers))
+    layerwise = cross_attention == "layerwise"
+    pair: dict[str, Any] = {"tie_word_embeddings": dec.config.tie_word_embeddings}
+    try:
+        if (
+            {enc.family.name, dec.family.name} == {"gemma2"}
+            and not layerwise
+            and bidirectional == "all"
+            and not options.share_embeddings
+        ):
+            config: T5GemmaConfig | AdaptedSeq2SeqConfig = T5GemmaConfig(
+                encoder=T5GemmaModuleConfig(**_fields(encoder)),
+                decoder=T5GemmaModuleConfig(**_fields(decoder)),
+                architectures=["T5GemmaForConditionalGeneration"],
+                **pair,
+            )
+        else:
+            config = AdaptedSeq2SeqConfig(
+                encoder=AdaptedSeq2SeqModuleConfig(
+                    **_fields(encoder), **_switches(enc), bidirectional_layers=bidirectional
+                ),
+                decoder=AdaptedSeq2SeqModuleConfig(**_fields(decoder), **_switches(dec)),
+                cross_attention_type="layerwise" if layerwise else "separate",
+                cross_attention_map=_layer_map(encoder, decoder) if layerwise else None,
+                share_embeddings=options.share_embeddings,
+                architectures=["AdaptedSeq2SeqForConditionalGeneration"],
+                **pair,
+            )
+    except (ValueError, StrictDataclassError) as error:
+        raise UserError(f"{enc.name} and {dec.name} cannot be paired so: {' '.join(str(error).split())}") from error
+    return Target(config, encoder, decoder, cross_attention)
+
+
+def stack_configs(config: T5GemmaConfig | AdaptedSeq2SeqConfig) -> tuple[Any, Any]:
+    """The configs of encoder and decoder, whose declared types include what only construction accepts."""
+    return config.encoder, config.decoder
+
+
+def expected_tensors(config: T5GemmaConfig | AdaptedSeq2SeqConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a checkpoint of ``config`` holds, tied ones once."""
+    encoder, decoder = stack_configs(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, stack in (("model.encoder.", encoder), ("model.decoder.", decoder)):
+        # A shared embedding is stored as the encoder's, to which the model class ties the decoder's.
+        if not (stack is decoder and config.share_embeddings):
+            shapes[prefix + EMBEDDING] = (stack.vocab_size, stack.hidden_size)
+        has_cross = stack is decoder and config.cross_attention_type == "separate"
+        for name, shape in _stack_tensors(stack, has_cross):
+            shapes[prefix + name] = shape
+    if not config.tie_word_embeddings:
+        shapes[OUTPUT_HEAD] = (decoder.vocab_size, decoder.hidden_size)
+    return shapes
+
+
+def _stack_tensors(stack: Any, has_cross: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width, ffn = stack.hidden_size, stack.intermediate_size
+    attentions = {"self_attn": width}
+    if has_cross:
+        attentions["cross_attn"] = stack.cross_attention_hidden_size
+    yield "norm.weight", (width,)
+    for i in range(stack.num_hidden_layers):
+        layer = f"layers.{i}."
+        for attention, kv_width in attentions.items():
+            for name, shape in _attention_tensors(stack, kv_width):
+                yield f"{layer}{attention}.{name}", shape
+        yield f"{layer}mlp.gate_proj.weight", (ffn, width)
+        yield f"{layer}mlp.up_proj.weight", (ffn, width)
+        yield f"{layer}mlp.down_proj.weight", (width, ffn)
+        for sublayer in (*attentions, "feedforward"):
+            for place in ("pre", "post") if stack.norm_placement == "pre_post" else ("pre",):
+                yield f"{layer}{place}_{sublayer}_layernorm.weight", (width,)
+
+
+def _attention_tensors(stack: Any, kv_width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    queries = stack.num_attention_heads * stack.head_dim
+    keys = stack.num_key_value_heads * stack.head_dim
+    for projection, rows, columns in (
+        ("q", queries, stack.hidden_size),
+        ("k", keys, kv_width),
+        ("v", keys, kv_width),
+        ("o", stack.hidden_size, queries),
+    ):
+        yield f"{projection}_proj.weight", (rows, columns)
+        if stack.attention_bias or (stack.qkv_bias and projection != "o"):
+            yield f"{projection}_proj.bias", (rows,)
+    if stack.qk_norm:
+        yield "q_norm.weight", (stack.head_dim,)
+        yield "k_norm.weight", (stack.head_dim,)
+
+
+def _fields(stack: Stack) -> dict[str, Any]:
+    fields = stack.source.family.stack_fields(stack.source.config)
+    fields["num_hidden_layers"] = len(stack.layers)
+    fields["num_key_value_heads"] *= stack.kv_repeats
+    if fields.get("layer_types"):
+        fields["layer_types"] = [fields["layer_types"][layer] for layer in stack.layers]
+    return fields
+
+
+def _switches(source: Source) -> dict[str, Any]:
+    switches = source.family.switches._asdict()
+    # Not a field: attn_logit_softcapping says it.
+    switches.pop("softcaps_attention")
+    return switches
+
+
+def _kv_repeats(source: Source, options: ConversionOptions) -> int:
+    heads, kv_heads = source.config.num_attention_heads, source.config.num_key_value_heads
+    if heads % kv_heads:
+        raise UserError(
+            f"{source.name} has {heads} attention heads and {kv_heads} key/value heads, which do not divide them. "
+            "Repair its config.json."
+        )
+    return int(heads // kv_heads) if options.encoder_kv == "mha" else 1
+
+
+def _cross_attention(encoder: Stack, decoder: Stack, asked: str) -> str:
+    enc, dec = encoder.source.config, decoder.source.config
+    if asked == "auto":
+        names = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+        balanced = all(getattr(enc, name) == getattr(dec, name) for name in names)
+        return "copy" if balanced and len(encoder.layers) == len(decoder.layers) else "random"
+    if asked == "copy" and enc.hidden_size != dec.hidden_size:
+        raise UserError(
+            f"--cross-attention copy needs equal widths, but {encoder.source.name} has {enc.hidden_size} and "
+            f"{decoder.source.name} {dec.hidden_size}. Use partial or random."
+        )
+    return asked
+
+
+def _bidirectional_layers(spec: str, layers: int) -> str | list[int]:
+    if spec in ("bidirectional", "causal"):
+        return "all" if spec == "bidirectional" else "none"
+    numbers = parse_layers("--encoder-attention", spec, layers)
+    return "all" if len(numbers) == layers else numbers
+
+
+def _layer_map(encoder: Stack, decoder: Stack) -> list[int]:
+    """The encoder layer for each decoder layer: the one of the same source layer, or the nearest of its kind."""
+    depths = [stack.source.config.num_hidden_layers for stack in (encoder, decoder)]
+    if depths[0] != depths[1]:
+        raise UserError(
+            f"--cross-attention layerwise pairs the layers of models of one depth, but {encoder.source.name} has "
+            f"{depths[0]} and {decoder.source.name} {depths[1]}. Use auto."
+        )
+    kinds = [
+        getattr(stack.source.config, "layer_types", None) or [FULL] * depth
+        for stack, depth in zip((encoder, decoder), depths, strict=True)
+    ]
+    layer_map = []
+    for layer in decoder.layers:
+        kind = kinds[1][layer]
+        same_kind = [i for i, kept in enumerate(encoder.layers) if kinds[0][kept] == kind]
+        if not same_kind:
+            raise UserError(
+                f"--enc-layers keeps no {kind} layer, which decoder layer {layer} of the source needs for layerwise "
+                "cross-attention. Keep one."
+            )
+        layer_map.append(min(same_kind, key=lambda i: abs(encoder.layers[i] - layer)))
+    return layer_map

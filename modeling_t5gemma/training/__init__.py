@@ -1,0 +1,1 @@
+"""Adapting a converted model: token windows, the distillation loop, held-out losses."""
