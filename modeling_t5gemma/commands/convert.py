@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from modeling_t5gemma.conversion.convert import Prepared, carry_out, prepare
 from modeling_t5gemma.conversion.options import CROSS_ATTENTION, DTYPES, ENCODER_KV, ConversionOptions, describe_layers
@@ -53,6 +54,8 @@ def convert_command(aliases_of: str) -> Callable[..., None]:
         quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     ) -> None:
         """Convert decoder-only checkpoints into an encoder-decoder one."""
+        if quiet:
+            disable_progress_bar()  # transformers' own, when --verify loads models
         prepared = prepare(
             ConversionOptions(
                 enc=enc,
@@ -112,7 +115,8 @@ def plan_table(prepared: Prepared) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for title, writes in _stacks(plan).items():
         stack = target.encoder if title == "encoder" else target.decoder
-        table.add_row(title, stack.source.name, describe_layers(stack.layers), *_totals(writes))
+        copied = any(isinstance(write.origin, Copied) for write in writes)
+        table.add_row(title, stack.source.name if copied else "", describe_layers(stack.layers), *_totals(writes))
     table.add_section()
     table.add_row("all", "", "", *_totals(plan.writes))
     return table

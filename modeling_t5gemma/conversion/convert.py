@@ -49,6 +49,8 @@ def prepare(options: ConversionOptions, *, dry_run: bool = False) -> Prepared:
 
     dec = resolve(options.dec)
     enc = dec if options.enc == options.dec else resolve(options.enc)
+    if options.revision is not None and enc.commit is None and dec.commit is None:
+        raise UserError(f"--revision is for Hub repositories, but {enc.path} and {dec.path} are here. Leave it out.")
     for source in (enc, dec):
         if options.output.expanduser().resolve() == source.folder.resolve():
             raise UserError(f"--output is the folder of the source {source.path}. Choose another.")

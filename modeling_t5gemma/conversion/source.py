@@ -66,7 +66,7 @@ def resolve_source(
 
     Args:
         given: an alias of the family ``aliases_of``, the path of a folder or of a ``.gguf`` file, or a Hub repository.
-        revision: branch, tag or commit of a Hub repository.
+        revision: branch, tag or commit of a Hub repository; a file or folder here has none.
         weights: whether those of a Hub repository are fetched; a plan can be made without.
 
     Raises:
@@ -75,8 +75,6 @@ def resolve_source(
     aliases = FAMILIES[aliases_of].aliases
     path = Path(given).expanduser()
     if given not in aliases and path.exists():
-        if revision is not None:
-            raise UserError(f"--revision is for Hub repositories, and {given} is on this machine. Leave it out.")
         return _open_local(path, name=path.resolve().name, commit=None)
     repo = aliases.get(given, given)
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(repo):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class Check:
         difference: the largest absolute difference; None where the check was skipped.
         allowed: the largest that passes.
         floor: the noise floor; 0 where bits have to be equal.
-        note: over how many tokens, or why it was skipped.
+        note: the number of tokens and the window they exceed or not, or why the check was skipped.
     """
 
     name: str
@@ -179,8 +179,8 @@ def with_causal_encoder(config: Any) -> AdaptedSeq2SeqConfig:
     stacks = {}
     for side in ("encoder", "decoder"):
         stack = getattr(config, side)
-        known = {field.name: copy.deepcopy(getattr(stack, field.name)) for field in _own_fields(stack)}
-        stacks[side] = AdaptedSeq2SeqModuleConfig(**known)
+        known = [name for name in AdaptedSeq2SeqModuleConfig.__annotations__ if hasattr(stack, name)]
+        stacks[side] = AdaptedSeq2SeqModuleConfig(**{name: copy.deepcopy(getattr(stack, name)) for name in known})
     stacks["encoder"].bidirectional_layers = "none"
     return AdaptedSeq2SeqConfig(
         encoder=stacks["encoder"],
@@ -190,14 +190,6 @@ def with_causal_encoder(config: Any) -> AdaptedSeq2SeqConfig:
         share_embeddings=config.share_embeddings,
         tie_word_embeddings=config.tie_word_embeddings,
     )
-
-
-def _own_fields(stack: Any) -> Iterator[Any]:
-    inherited = {field.name for field in fields(AdaptedSeq2SeqModuleConfig.__base__)}
-    for field in fields(AdaptedSeq2SeqModuleConfig):
-        is_own = field.name in AdaptedSeq2SeqModuleConfig.__annotations__ or field.name not in inherited
-        if is_own and hasattr(stack, field.name):
-            yield field
 
 
 def _source_layers(side: str, stack: Any, record: dict[str, Any], source: Source) -> list[int] | str:
@@ -295,7 +287,7 @@ def _checks(
 
 @torch.no_grad()
 def _encoder(model: Any, converted: _Converted, expected: Outputs | None, tokens: torch.Tensor) -> Check:
-    name = "encoder, causal: hidden states"
+    name = "causal encoder: states"
     if expected is None:
         return Check(name, f"skipped: it {converted.layers['encoder']}")
     hidden = model.model.encoder(input_ids=tokens[None], attention_mask=torch.ones_like(tokens[None]))
@@ -307,7 +299,7 @@ def _encoder(model: Any, converted: _Converted, expected: Outputs | None, tokens
 def _decoder(
     model: Any, converted: _Converted, expected: Outputs | None, tokens: torch.Tensor, source_valid: torch.Tensor
 ) -> Check:
-    name = "decoder, cross-attention silenced: logits"
+    name = "silenced decoder: logits"
     if expected is None:
         return Check(name, f"skipped: it {converted.layers['decoder']}")
     logits = model(
@@ -330,7 +322,7 @@ def _whole(
     tokens: torch.Tensor,
     prefix: int,
 ) -> Iterator[Check]:
-    names = "whole, encoder causal: logits", "whole, encoder causal: greedy text"
+    names = "causal whole: logits", "causal whole: greedy"
     if expected is None or continuation is None:
         reason = "skipped: encoder and decoder do not keep the same layers of one source"
         yield from (Check(name, reason) for name in names)
@@ -339,7 +331,7 @@ def _whole(
         input_ids=tokens[None, : prefix - 1], decoder_input_ids=tokens[None, prefix - 1 :], use_cache=False
     ).logits[0]
     difference = largest_difference(logits, expected.logits[prefix - 1 :])
-    note = f"{prefix} + {len(tokens) - prefix} tokens{_beyond(len(tokens), converted.config.decoder)}"
+    note = f"{prefix} + {len(tokens) - prefix}{_window(converted.config.decoder)}"
     yield _against_floor(names[0], note, difference, expected.logits_floor)
 
     own = greedy(model, tokens[: prefix - 1], GREEDY_TOKENS, decoder_start=int(tokens[prefix - 1]))
@@ -349,7 +341,7 @@ def _whole(
 def _same_text(name: str, expected: Continuation, own: Continuation, floor: float) -> Check:
     """Whether two greedy texts are equal up to a choice between words that the source holds for equally good."""
     same = int((expected.tokens == own.tokens).long().cumprod(dim=0).sum())
-    note = f"{same} of {len(expected.tokens)} tokens equal"
+    note = f"{same} of {len(expected.tokens)} equal"
     if same == len(expected.tokens):
         return _against_floor(name, note, 0.0, floor)
     logits = expected.logits[same]
@@ -366,23 +358,19 @@ def silence_cross_attention(model: AdaptedSeq2SeqForConditionalGeneration) -> No
 
 
 def _copied_weights(model: AdaptedSeq2SeqForConditionalGeneration, converted: _Converted) -> Check:
-    name = "copied cross-attention = self-attention"
+    name = "copied cross-attention"
     origin = converted.record.get("cross_attention")
     if origin is None:
-        return Check(name, f"skipped: no {RECORD_FILE} says how cross-attention began")
-    projections = {"copy": "qkvo", "partial": "qo", "random": ""}[origin]
-    if not projections:
-        return Check(name, "skipped: cross-attention was drawn at random")
+        return Check(name, f"skipped: no {RECORD_FILE} tells how it began")
+    if origin == "random":
+        return Check(name, "skipped: it was drawn at random")
+    drawn = "kv" if origin == "partial" else ""
     largest, count = 0.0, 0
     weights = dict(model.model.decoder.named_parameters())
     for own_name, own in weights.items():
-        cross = weights.get(own_name.replace("self_attn", "cross_attn"))
-        is_projection = "_proj." in own_name and own_name.split("_proj.")[0][-1] not in projections
-        is_key_norm = ".k_norm." in own_name and "k" not in projections
-        if "self_attn" not in own_name or is_projection or is_key_norm:
-            continue
-        assert cross is not None, "both attentions have the same parts"
-        largest, count = max(largest, largest_difference(own, cross)), count + 1
+        if "self_attn" in own_name and not any(f".{projection}_proj." in own_name for projection in drawn):
+            cross = weights[own_name.replace("self_attn", "cross_attn")]
+            largest, count = max(largest, largest_difference(own, cross)), count + 1
     return Check(name, f"{count} tensors", largest)
 
 
@@ -391,11 +379,8 @@ def _against_floor(name: str, note: str, difference: float, floor: float) -> Che
 
 
 def _over(tokens: torch.Tensor, stack: Any) -> str:
-    return f"{len(tokens)} tokens{_beyond(len(tokens), stack)}"
+    return f"{len(tokens)}{_window(stack)}"
 
 
-def _beyond(length: int, stack: Any) -> str:
-    if SLIDING not in stack.layer_types:
-        return ", no sliding layer"
-    verb = "beyond" if length > stack.sliding_window else "within"
-    return f", {verb} the window of {stack.sliding_window}"
+def _window(stack: Any) -> str:
+    return f" (window {stack.sliding_window})" if SLIDING in stack.layer_types else ""
