@@ -41,7 +41,7 @@ HUB_FILES = {
 
 
 def house_files() -> list[Path]:
-    """Every file of the repository that git does not ignore; of a copy without git, all but hidden folders and bytecode."""
+    """Every file that git does not ignore; of a copy without git, all but hidden folders and bytecode."""
     git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(git, capture_output=True, text=True) if (ROOT / ".git").exists() else None
     if listed is not None and listed.returncode == 0:

@@ -23,7 +23,7 @@ BALANCED = dict(
     sliding_window=16,
     attn_logit_softcapping=5.0,
     final_logit_softcapping=3.0,
-    initializer_range=0.5,
+    initializer_range=0.25,
     max_position_embeddings=256,
 )
 NARROW = {**BALANCED, "hidden_size": 24, "num_hidden_layers": 3, "num_key_value_heads": 1}
@@ -34,7 +34,7 @@ def stir(model: torch.nn.Module) -> torch.nn.Module:
     """Gains away from 1 and sublayers that outweigh the embedding, so that a wrong norm or layer shows."""
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            parameter.normal_(std=0.5)
+            parameter.normal_(std=0.2)
         elif "embed_tokens" in name:
             parameter.mul_(0.1)
         if name.endswith(("decoder.norm.weight", "model.norm.weight")):

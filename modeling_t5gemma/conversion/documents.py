@@ -104,6 +104,7 @@ def _card(target: Target, plan: Plan, options: ConversionOptions, terms_file: st
         cross_attention=_CROSS_ATTENTION[target.cross_attention],
         provenance=_provenance(target, plan, options),
         needs_package=target.config.model_type != "t5gemma",
+        layerwise=target.config.cross_attention_type == "layerwise",
         legal=legal,
         terms_file=terms_file,
     )
