@@ -73,7 +73,7 @@ class Recipe:
 
 BOS = 2
 RECIPES = {
-    Arch.layerwise: Recipe("layerwise", PrefixLM(BOS, "last_prefix_token", encoder_bos=True), 3e-5),
+    Arch.layerwise: Recipe("layerwise", PrefixLM(BOS, "bos", encoder_bos=True), 3e-5),
     Arch.t5gemma: Recipe("copy", PrefixLM(BOS, "bos", encoder_bos=False), 1e-4),
 }
 PLAYS = (
@@ -366,14 +366,13 @@ class Measured:
     def _text(self, model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> str:
         """What greedy decoding adds."""
         input_ids = input_ids.to(model.device)
-        with self.precision.autocast(model.device):
-            output = model.generate(
-                input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                **kwargs,
-            )
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            **kwargs,
+        )
         given = 1 if model.config.is_encoder_decoder else input_ids.shape[1]
         return str(self.tokenizer.decode(output[0, given:], skip_special_tokens=True))
 
@@ -417,15 +416,6 @@ def print_texts(
 def how_to_load(places: Places, settings: Settings) -> str:
     """What was written, and a program that uses it."""
     folder = places.adapted.resolve()
-    split = settings.recipe.layout.decoder_start == "last_prefix_token"
-    generate = (
-        # The layout it was trained in: the decoder begins with the prompt's last token.
-        "model.generate(\n"
-        "    ids[:, :-1], decoder_start_token_id=int(ids[0, -1]), max_new_tokens=48, do_sample=False\n"
-        ")"
-        if split
-        else "model.generate(ids, max_new_tokens=48, do_sample=False)"
-    )
     special = settings.recipe.layout.encoder_bos
     return f"""
 Written:
@@ -442,7 +432,7 @@ folder = {str(folder)!r}
 model = AutoModelForSeq2SeqLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ids = tokenizer("To be, or not to be, that is the", return_tensors="pt", add_special_tokens={special}).input_ids
-output = {generate}
+output = model.generate(ids, max_new_tokens=48, do_sample=False)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 """
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -244,33 +245,9 @@ def _sdpa(
     return out_BNTH, None
 
 
-def _blocked(
-    q_BNTH: torch.Tensor,
-    k_BGSH: torch.Tensor,
-    v_BGSH: torch.Tensor,
-    pattern: AttentionPattern,
-    scale: float,
-    softcap: float | None,
-    dropout: float,
-) -> Attended:
-    assert dropout == 0, "refused by resolve_backend"
-    return blocked_attention(q_BNTH, k_BGSH, v_BGSH, pattern, scale=scale, softcap=softcap), None
+def _without_weights(kernel: Callable[..., torch.Tensor], **fixed: Any) -> Callable[..., Attended]:
+    """A kernel that returns the output alone. Those without dropout are refused before they could be asked for it."""
 
-
-def _flex(
-    q_BNTH: torch.Tensor,
-    k_BGSH: torch.Tensor,
-    v_BGSH: torch.Tensor,
-    pattern: AttentionPattern,
-    scale: float,
-    softcap: float | None,
-    dropout: float,
-) -> Attended:
-    assert dropout == 0, "refused by resolve_backend"
-    return flex_attention(q_BNTH, k_BGSH, v_BGSH, pattern, scale=scale, softcap=softcap), None
-
-
-def _flash(version: int) -> Callable[..., Attended]:
     def call(
         q_BNTH: torch.Tensor,
         k_BGSH: torch.Tensor,
@@ -280,10 +257,8 @@ def _flash(version: int) -> Callable[..., Attended]:
         softcap: float | None,
         dropout: float,
     ) -> Attended:
-        out = flash_attention(
-            q_BNTH, k_BGSH, v_BGSH, pattern, scale=scale, softcap=softcap, dropout=dropout, version=version
-        )
-        return out, None
+        options = {"dropout": dropout, **fixed} if dropout else fixed
+        return kernel(q_BNTH, k_BGSH, v_BGSH, pattern, scale=scale, softcap=softcap, **options), None
 
     return call
 
@@ -291,8 +266,8 @@ def _flash(version: int) -> Callable[..., Attended]:
 _CALLS: dict[str, Callable[..., Attended]] = {
     "eager": _eager,
     "sdpa": _sdpa,
-    "blocked": _blocked,
-    "flex_attention": _flex,
-    "flash_attention_2": _flash(2),
-    "flash_attention_3": _flash(3),
+    "blocked": _without_weights(blocked_attention),
+    "flex_attention": _without_weights(flex_attention),
+    "flash_attention_2": _without_weights(flash_attention, version=2),
+    "flash_attention_3": _without_weights(flash_attention, version=3),
 }

@@ -32,11 +32,13 @@ from torch import Tensor
 
 from .masks import AttentionPattern
 
+# What was fastest on a CPU with 1 MiB of level-2 cache a core; results don't depend on it. Whether keys are hidden is
+# found out by the block; a tile takes in a span of blocks.
 QUERY_BLOCK = 128
 KEY_BLOCK = 64
 KEY_SPAN = 512
 TILE_ELEMENTS = 2**19
-# Work of this size is one tile: finding out what may be left out would cost more than it saves.
+# So many scores are one tile: finding out which may be left out would cost more than it saves.
 SMALL_WORK = 2**18
 LOG2_E = math.log2(math.e)
 
@@ -52,9 +54,9 @@ def blocked_attention(
 ) -> Tensor:
     """softmax(cap(scale * q k)) v over the keys that ``pattern`` lets each query see, in memory linear in T + S.
 
-    Query head n reads key/value head n // (N / G). Sums and softmax are float32 (float64 for float64 inputs) whatever
-    the inputs are. Gradients are for q, k and v, once: there is no second derivative. torch.compile and torch.export
-    see one operator.
+    Query head n reads key/value head n // (N / G). Scores, softmax and sums are float32 (float64 for float64 inputs)
+    whatever the inputs are; bfloat16 probabilities multiply bfloat16 values. Gradients are for q, k and v, once: there
+    is no second derivative. Autocast casts the inputs, and torch.compile and torch.export see one operator.
 
     Args:
         q_BNTH: queries (B, N, T, H), floating point.
@@ -69,6 +71,7 @@ def blocked_attention(
     Raises:
         ValueError: shapes or dtypes that don't fit, or a softcap that is not positive.
     """
+    q_BNTH, k_BGSH, v_BGSH = (_autocast(x) for x in (q_BNTH, k_BGSH, v_BGSH))
     _check(q_BNTH, k_BGSH, v_BGSH, pattern, softcap)
     out_BNTH: Tensor = torch.ops.t5gemma.blocked_attention(q_BNTH, k_BGSH, v_BGSH, *_rule(pattern, scale, softcap))[0]
     return out_BNTH
@@ -87,6 +90,13 @@ def _rule(pattern: AttentionPattern, scale: float, softcap: float | None) -> tup
         scale,
         softcap,
     )
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast does for torch's own attention."""
+    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _check(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, pattern: AttentionPattern, softcap: float | None) -> None:
@@ -336,7 +346,10 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 
 
 def _of_rows(pattern: AttentionPattern, rows: slice) -> AttentionPattern:
-    return _map(pattern, lambda x: x[rows] if x.shape[0] > 1 else x, lambda x: x[rows] if x.shape[0] > 1 else x)
+    def cut(x: Tensor) -> Tensor:
+        return x[rows] if x.shape[0] > 1 else x
+
+    return _map(pattern, cut, cut)
 
 
 def _part(pattern: AttentionPattern, queries: slice, keys: slice) -> AttentionPattern:
@@ -380,6 +393,13 @@ def _logits(call: _Call, strip: _Strip, visit: _Visit, x_PCU: Tensor, out_PCU: T
 def _as_operand(call: _Call, x: Tensor) -> Tensor:
     """x in the dtype of the operands: itself, or a copy that the next one overwrites."""
     return x if x.dtype == call.operand_dtype else call.buffer("operand", x.shape, call.operand_dtype).copy_(x)
+
+
+def _product(call: _Call, left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """The product of operands, in ``out``; bmm itself does not widen bfloat16."""
+    if left.dtype == out.dtype:
+        return torch.bmm(left, right, out=out)
+    return out.copy_(torch.bmm(left, right, out=call.buffer("operand", out.shape, left.dtype)))
 
 
 @dataclass
@@ -435,8 +455,12 @@ def _forward(call: _Call, q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor) -> tup
 
 @dataclass
 class _Queries:
-    """What the backward pass knows of the queries of a strip; delta is the sum over H of output times gradient."""
+    """What the backward pass knows of the queries of a strip; delta is the sum over H of output times gradient.
 
+    The scaled queries are there twice: exact for scores, and as operands like the gradient.
+    """
+
+    exact_q_PUH: Tensor
     q_PUH: Tensor
     grad_PUH: Tensor
     delta_P1U: Tensor
@@ -446,11 +470,14 @@ class _Queries:
 def _queries(
     call: _Call, strip: _Strip, grad_BNTH: Tensor, out_BNTH: Tensor, log_total_BNT: Tensor, q_BNTH: Tensor
 ) -> _Queries:
-    grad_PUH = strip.of_queries(grad_BNTH).to(call.dtype)
+    exact_q_PUH = strip.of_queries(q_BNTH).to(call.dtype) * call.query_factor
+    grad_PUH = strip.of_queries(grad_BNTH)
+    delta_PU = (grad_PUH.to(call.dtype) * strip.of_queries(out_BNTH)).sum(2)
     return _Queries(
-        strip.of_queries(q_BNTH).to(call.dtype) * call.query_factor,
-        grad_PUH,
-        (grad_PUH * strip.of_queries(out_BNTH)).sum(2)[:, None],
+        exact_q_PUH,
+        exact_q_PUH.to(call.operand_dtype),
+        grad_PUH.to(call.operand_dtype),
+        delta_PU[:, None],
         strip.of_queries(log_total_BNT),
     )
 
@@ -459,11 +486,11 @@ def _gradients_of_tile(
     call: _Call, strip: _Strip, visit: _Visit, queries: _Queries, k_PCH: Tensor, v_PCH: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The probabilities (P, C, U), and the gradients of q k but for the factor ``call.score_slope``."""
-    x_PCU = _activations(call, queries.q_PUH, k_PCH)
+    x_PCU = _activations(call, queries.exact_q_PUH, k_PCH)
     logits_PCU = x_PCU if call.softcap is None else call.buffer("logits", x_PCU.shape)
     p_PCU = _logits(call, strip, visit, x_PCU, logits_PCU).sub_(queries.log_total_P1U).exp2_()
-    ds_PCU = torch.bmm(v_PCH, queries.grad_PUH.mT, out=call.buffer("gradients", x_PCU.shape))
-    ds_PCU.sub_(queries.delta_P1U).mul_(p_PCU)
+    dp_PCU = _product(call, v_PCH, queries.grad_PUH.mT, call.buffer("gradients", x_PCU.shape))
+    ds_PCU = dp_PCU.sub_(queries.delta_P1U).mul_(p_PCU)
     if call.softcap is not None:
         torch.ops.aten.sigmoid_backward.grad_input(ds_PCU, x_PCU, grad_input=ds_PCU)
     return p_PCU, ds_PCU
@@ -481,19 +508,18 @@ def _backward(
     """Gradients of q, k and v."""
     dq_BNTH = torch.zeros_like(q_BNTH)
     dk_BGSH, dv_BGSH = (torch.zeros_like(x, dtype=call.dtype) for x in (k_BGSH, v_BGSH))
-    exact_k_BGSH, exact_v_BGSH = k_BGSH.to(call.dtype), v_BGSH.to(call.dtype)
-    operand_k_BGSH = k_BGSH.to(call.operand_dtype)
+    exact_k_BGSH = k_BGSH.to(call.dtype)
+    operand_k_BGSH, operand_v_BGSH = k_BGSH.to(call.operand_dtype), v_BGSH.to(call.operand_dtype)
     for strip in call.strips():
         queries = _queries(call, strip, grad_BNTH, out_BNTH, log_total_BNT, q_BNTH)
-        q_PUH, grad_PUH = queries.q_PUH.to(call.operand_dtype), queries.grad_PUH.to(call.operand_dtype)
         # Transposed, as the product with a transposed tile on the left would be slower.
-        dq_PHU = torch.zeros_like(queries.q_PUH.mT)
+        dq_PHU = torch.zeros_like(queries.exact_q_PUH.mT)
         for visit in strip.visits:
-            k_PCH, v_PCH = strip.of_keys(exact_k_BGSH, visit.keys), strip.of_keys(exact_v_BGSH, visit.keys)
+            k_PCH, v_PCH = strip.of_keys(exact_k_BGSH, visit.keys), strip.of_keys(operand_v_BGSH, visit.keys)
             p_PCU, ds_PCU = _gradients_of_tile(call, strip, visit, queries, k_PCH, v_PCH)
-            strip.add_to_keys(dv_BGSH, visit.keys, torch.bmm(_as_operand(call, p_PCU), grad_PUH))
+            strip.add_to_keys(dv_BGSH, visit.keys, torch.bmm(_as_operand(call, p_PCU), queries.grad_PUH))
             ds_PCU = _as_operand(call, ds_PCU)
-            strip.add_to_keys(dk_BGSH, visit.keys, torch.bmm(ds_PCU, q_PUH))
+            strip.add_to_keys(dk_BGSH, visit.keys, torch.bmm(ds_PCU, queries.q_PUH))
             dq_PHU.add_(torch.bmm(strip.of_keys(operand_k_BGSH, visit.keys).mT, ds_PCU))
         strip.put_queries(dq_BNTH, dq_PHU.mT * call.score_slope)
     dk_BGSH.mul_(call.scaled_score_slope)
@@ -535,7 +561,8 @@ def _register() -> None:
 
 
 def _run_forward(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, *rule: Any) -> tuple[Tensor, Tensor]:
-    return _forward(_Call(q_BNTH, k_BGSH, *rule), q_BNTH, k_BGSH, v_BGSH)
+    with torch.autocast(q_BNTH.device.type, enabled=False):
+        return _forward(_Call(q_BNTH, k_BGSH, *rule), q_BNTH, k_BGSH, v_BGSH)
 
 
 def _shape_of_forward(q_BNTH: Tensor, k_BGSH: Tensor, v_BGSH: Tensor, *rule: Any) -> tuple[Tensor, Tensor]:
@@ -562,7 +589,8 @@ def _run_backward(
     v_BGSH: Tensor,
     *rule: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(_Call(q_BNTH, k_BGSH, *rule), grad_BNTH, out_BNTH, log_total_BNT, q_BNTH, k_BGSH, v_BGSH)
+    with torch.autocast(q_BNTH.device.type, enabled=False):
+        return _backward(_Call(q_BNTH, k_BGSH, *rule), grad_BNTH, out_BNTH, log_total_BNT, q_BNTH, k_BGSH, v_BGSH)
 
 
 def _shape_of_backward(

@@ -223,9 +223,6 @@ class _Classifier(T5GemmaPreTrainedModel):
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012
 
-    encoder_model_class: type[T5GemmaEncoderModel] = T5GemmaEncoderModel
-    model_class: type[T5GemmaModel] = T5GemmaModel
-
     def __init__(self, config: T5GemmaConfig, is_encoder_decoder: bool | None = None) -> None:
         if is_encoder_decoder is not None and is_encoder_decoder != config.is_encoder_decoder:
             config = copy.deepcopy(config)
@@ -233,10 +230,10 @@ class _Classifier(T5GemmaPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         if config.is_encoder_decoder:
-            self.model: T5GemmaPreTrainedModel = self.model_class(config)
+            self.model: T5GemmaPreTrainedModel = T5GemmaModel(config)
             width = config.decoder.hidden_size
         else:
-            self.model = self.encoder_model_class(config)
+            self.model = T5GemmaEncoderModel(config)
             width = config.encoder.hidden_size
             self._keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"(^|\.)decoder\."]
         self.score = ClassificationHead(width, config.num_labels, config.classifier_dropout_rate)

@@ -34,14 +34,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def _reason_to_skip(item: pytest.Item) -> str | None:
     if item.get_closest_marker("slow") and not item.config.getoption("--slow"):
-        pytest.skip("slow: runs with --slow")
+        return "slow: runs with --slow"
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    for marker in item.iter_markers("needs"):
-        if missing := [module for module in marker.args if importlib.util.find_spec(module) is None]:
-            pytest.skip(f"needs {', '.join(missing)}, which is not installed")
+        return "needs a CUDA GPU"
+    modules = [module for marker in item.iter_markers("needs") for module in marker.args]
+    if missing := [module for module in modules if importlib.util.find_spec(module) is None]:
+        return f"needs {', '.join(missing)}, which is not installed"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if reason := _reason_to_skip(item):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def _is_loopback(host: str | bytes | None) -> bool:

@@ -124,8 +124,9 @@ def _cross_attention(config: Any) -> str:
     if config.cross_attention_type == "separate":
         return "separate: own weights, from the encoder's output"
     layer_map = config.cross_attention_map
-    paired = "the same" if layer_map == list(range(len(layer_map))) else ",".join(map(str, layer_map))
-    return f"layerwise: reads encoder layer {paired}"
+    if layer_map == list(range(len(layer_map))):
+        return "layerwise: each layer reads the encoder's same"
+    return f"layerwise: reads encoder layers {','.join(map(str, layer_map))}"
 
 
 def _totals(tensors: Sequence[TensorHeader]) -> tuple[str, str, str]:

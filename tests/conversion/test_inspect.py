@@ -37,7 +37,7 @@ def test_a_layerwise_gemma3(sources, convert):
     assert rows["RoPE"] == ["sliding 10,000, full 1,000,000"] * 2
     assert rows["norms"] == ["before and after, on queries and keys"] * 2
     assert rows["softcap: attention, logits"] == ["none, none"] * 2
-    assert rows["cross-attention"] == ["", "layerwise: reads encoder layer the same"]
+    assert rows["cross-attention"] == ["", "layerwise: each layer reads the encoder's same"]
     text = "\n".join(notes(inspection))
     assert (
         "shared by both stacks" in text and "layers 0-3 of" in text and "Cross-attention began as: layerwise" in text
