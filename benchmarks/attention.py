@@ -29,7 +29,7 @@ from typing import Any
 # as soon as the machine does anything else, and those with many small products most.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import torch  # noqa: E402
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -99,7 +99,7 @@ class Settings:
     steps: int
     prefix: int = 128
     target: int = 128
-    held_out: int = 32
+    held_out: int = 24
     batch_size: int = 8
 
     @property
@@ -139,7 +139,7 @@ def main(
     arch: Annotated[Arch, typer.Option(help="layerwise, or t5gemma for separate cross-attention.")] = Arch.layerwise,
     output: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("demo-out"),
     text: Annotated[Path | None, typer.Option(help="A text of your own instead of Shakespeare's plays.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of training, 8 windows of 128 + 128 tokens each.")] = 46,
+    steps: Annotated[int, typer.Option(help="Steps of training, 8 windows of 128 + 128 tokens each.")] = 30,
 ) -> None:
     """Convert, verify and adapt a real Gemma 3 270M."""
     logging.disable_progress_bar()
