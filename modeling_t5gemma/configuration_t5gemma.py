@@ -16,8 +16,8 @@ from transformers import PreTrainedConfig
 from transformers import T5GemmaConfig as StockT5GemmaConfig
 from transformers import T5GemmaModuleConfig as StockT5GemmaModuleConfig
 
-# A T5GemmaModuleConfig or an AdaptedSeq2SeqModuleConfig. Fields are Optional until __post_init__ has filled them, which
-# no type checker sees.
+# A T5GemmaModuleConfig or an AdaptedSeq2SeqModuleConfig. Their fields are Optional until __post_init__ has filled
+# them, which no type checker sees.
 StackConfig: TypeAlias = Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
