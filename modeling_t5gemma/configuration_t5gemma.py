@@ -15,6 +15,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers import T5GemmaConfig as StockT5GemmaConfig
 from transformers import T5GemmaModuleConfig as StockT5GemmaModuleConfig
+from transformers.configuration_utils import SubConfigSpec
 
 # A T5GemmaModuleConfig or an AdaptedSeq2SeqModuleConfig. Their fields are Optional until __post_init__ has filled
 # them, which no type checker sees.
@@ -134,7 +135,10 @@ class T5GemmaConfig(StockT5GemmaConfig):
         ValueError: a value that stock transformers would silently ignore; ``AdaptedSeq2SeqConfig`` represents more.
     """
 
-    sub_configs_defaults = {"encoder": T5GemmaModuleConfig, "decoder": T5GemmaModuleConfig}  # noqa: RUF012
+    sub_configs_defaults = {  # noqa: RUF012
+        "encoder": SubConfigSpec(T5GemmaModuleConfig),
+        "decoder": SubConfigSpec(T5GemmaModuleConfig),
+    }
 
     encoder: StackConfig = None
     decoder: StackConfig = None
@@ -266,8 +270,8 @@ class AdaptedSeq2SeqConfig(PreTrainedConfig):
     model_type = "adapted_seq2seq"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     sub_configs_defaults = {  # noqa: RUF012
-        "encoder": AdaptedSeq2SeqModuleConfig,
-        "decoder": AdaptedSeq2SeqModuleConfig,
+        "encoder": SubConfigSpec(AdaptedSeq2SeqModuleConfig),
+        "decoder": SubConfigSpec(AdaptedSeq2SeqModuleConfig),
     }
     # The code travels with the checkpoint, so that it loads with trust_remote_code=True where this package is absent.
     _auto_class = "AutoConfig"

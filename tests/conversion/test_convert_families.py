@@ -73,7 +73,7 @@ def test_the_model_classes_load_it_whole(family, cross_attention, sources, conve
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layerwise_and_causal_it_is_the_source(family, sources, convert):
     """Encoder: the first tokens; decoder: those from there on. Untrained, the logits are the source's."""
-    source = AutoModelForCausalLM.from_pretrained(sources(family)).eval()
+    source = AutoModelForCausalLM.from_pretrained(sources(family), attn_implementation="eager").eval()
     model = load(convert(sources(family), cross_attention="layerwise", encoder_attention="causal")).eval()
     ids = torch.randint(7, 300, (2, 24))
     with torch.no_grad():
@@ -87,7 +87,9 @@ def test_gemma2_gives_stock_t5gemma(sources, convert):
     folder = convert(sources("gemma2"))
     assert json.loads((folder / "config.json").read_text())["model_type"] == "t5gemma"
     assert not list(folder.glob("*.py"))
-    model, info = T5GemmaForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    model, info = T5GemmaForConditionalGeneration.from_pretrained(
+        folder, attn_implementation="eager", output_loading_info=True
+    )
     assert not any(info.values()), info
     ids = torch.tensor([[5, 9, 270, 271]])
     with torch.no_grad():

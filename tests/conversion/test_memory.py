@@ -63,7 +63,7 @@ def measure(source: str, output: str, options: dict, peak) -> None:
             peak.value = max(peak.value, anonymous_bytes() - before)
             time.sleep(0.002)
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     carry_out(prepare(ConversionOptions(source, source, Path(output), share_embeddings=True, **options)))
     done.set()
