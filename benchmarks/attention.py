@@ -25,9 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Threads that wait for each other sleep. Spinning instead, which is the default, makes every case several times slower
-# as soon as the machine does anything else, and those with many small products most.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A thread that waits for another one spins for a microsecond, then sleeps. With GNU OpenMP's default, which spins for
+# longer, every case is several times slower as soon as the machine does anything else, and most of all those with many
+# small products.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# In the processes that measure memory, freed memory goes back to the system at once. By default the C library keeps
+# small pieces (up to 32 MiB) for later, which adds half again to a backend that works in small pieces and nothing to one
+# that works in large ones, and says nothing about what either needs.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**20))
 
 import torch
 

