@@ -1,19 +1,101 @@
-"""Losses that take what they need by name."""
+"""Losses over a large vocabulary, straight from hidden states and head weight.
+
+At 256,000 words the float32 logits of one token are 1 MB, and training with dense logits keeps five or more copies of
+them for every token of the batch. Here logits exist for one chunk of tokens at a time, and the gradient takes their
+place in the same memory while they are there: the forward pass ends with the gradients of hidden states and weight,
+the backward pass only hands them on. Three products of the size of the head for cross-entropy, four for distillation,
+and nothing is computed twice.
+
+Shapes: N tokens, D width of the student, E width of the teacher, V vocabulary, C tokens in a chunk, R rows of a chunk
+that stay in cache, K samples of a teacher's distribution.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IGNORED = -100
+
+Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
+
+# The logits of a chunk take this much memory. More of it saves little time: a chunk of hundreds of tokens is enough to
+# hide that the head's weight is read again for each.
+CHUNK_BYTES = 2**29
+# The element-wise passes go over so many logits at a time, which then stay in the last-level cache of a CPU.
+TILE_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class LossParts:
+    """A loss with a graph and what it consists of, float32 scalars without one; in nats a token.
+
+    Attributes:
+        total: what to train on.
+        cross_entropy: against the labels.
+        distillation: the divergence from the teacher, times the square of the temperature; None without a teacher.
+    """
+
+    total: torch.Tensor
+    cross_entropy: torch.Tensor
+    distillation: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherTarget:
+    """What a teacher thinks of the same tokens, kept as its hidden states: a few KB a token where logits are 1 MB.
+
+    Attributes:
+        hidden: (N, E), the teacher's final hidden states at the positions that predict the labels which are not
+            ignored, in the labels' order.
+        weight: (V, E), its head.
+        softcap: of its logits, or None.
+        divergence: "forward_kl" is KL(teacher || student), whose gradient is that of cross-entropy against the
+            teacher's distribution ("Encoder-Decoder Gemma", arXiv 2504.06225, section 3); "reverse_kl" is
+            KL(student || teacher); "jensen_shannon" is the mean of both against their even mixture.
+        temperature: divides both sides' logits. The divergence is multiplied by its square, so that the gradient keeps
+            its size (Hinton et al., arXiv 1503.02531).
+        share: the weight of the divergence; cross-entropy against the labels has 1 - share.
+    """
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    softcap: float | None = None
+    divergence: Divergence = "forward_kl"
+    temperature: float = 1.0
+    share: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class SampledTarget:
+    """Samples of a teacher's distribution instead of the distribution: an unbiased estimate of cross-entropy against it
+    (arXiv 2503.16870), where the k likeliest words would be a biased one.
+
+    Attributes:
+        ids: int64 (N, K), words drawn from the teacher.
+        weights: float32 (N, K), what each counts; they sum to 1 in a row, and words with weight 0 count nothing.
+        share: as in ``TeacherTarget``; the reported distillation is a cross-entropy, not a divergence.
+    """
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+    share: float = 1.0
+
+
+Target = TeacherTarget | SampledTarget
 
 
 def cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Mean cross-entropy over the labels that are not ``IGNORED``, in nats.
+    """Mean cross-entropy over the labels that are not ``IGNORED``, in nats, for a caller who wants the logits too.
 
-    Rows with an ignored label are dropped before anything is cast to float32: at 256,000 words each costs 1 MB.
+    Rows with an ignored label are dropped before anything is cast to float32.
 
     Args:
         logits: float (..., V), already aligned with the labels.
@@ -26,7 +108,263 @@ def cross_entropy(
     """
     kept = labels != IGNORED
     total = F.cross_entropy(logits[kept].float(), labels[kept].to(logits.device), reduction="sum")
-    count = kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    if torch.is_tensor(count):
-        count = count.to(total.device)
-    return total / count
+    return total / _count(kept, num_items_in_batch, total.device)
+
+
+def linear_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    softcap: float | None = None,
+    target: Target | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> LossParts:
+    """Cross-entropy, and distillation where there is a target, from hidden states: the dense result without the logits.
+
+    Products are computed in the type of ``hidden`` (under autocast in its type), everything else in float32 (float64
+    for float64). Rows with an ignored label never reach the head.
+
+    Args:
+        hidden: float (..., D), final hidden states, already aligned with the labels.
+        weight: float (V, D), the head.
+        labels: int64 (...), ``IGNORED`` where there is nothing to learn.
+        softcap: logits become softcap * tanh(logits / softcap).
+        target: what a teacher thinks of the labels that are not ignored.
+        num_items_in_batch: what to divide the sums by instead of the number of labels that are not ignored.
+
+    Raises:
+        ValueError: the target has not one row for each label that is not ignored, or its vocabulary is another one.
+    """
+    labels = labels.to(hidden.device)
+    kept = labels != IGNORED
+    hidden, labels = hidden[kept], labels[kept]
+    _check(target, hidden, weight)
+    count = _count(kept, num_items_in_batch, hidden.device)
+    total, hard, soft = _LinearLoss.apply(hidden, weight, labels, softcap, target, _product_dtype(hidden))
+    return LossParts(total / count, hard.detach() / count, None if target is None else soft.detach() / count)
+
+
+@torch.no_grad()
+def token_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
+) -> torch.Tensor:
+    """The cross-entropy of each label in nats, float32 (N,), 0 where ignored, without a graph.
+
+    Args:
+        hidden: float (N, D).
+        weight: float (V, D).
+        labels: int64 (N,).
+    """
+    dtype = _product_dtype(hidden)
+    weight = weight.to(dtype)
+    losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
+    places = (labels != IGNORED).nonzero()[:, 0]
+    for chunk in _slices(len(places), _chunk_size(weight)):
+        logits = hidden[places[chunk]].to(dtype) @ weight.T
+        for rows in _tiles(logits):
+            z_RV = _capped(logits[rows].float(), softcap)
+            own = places[chunk][rows]
+            losses[own] = z_RV.logsumexp(dim=-1) - z_RV.gather(1, labels[own][:, None])[:, 0]
+    return losses
+
+
+class _LinearLoss(torch.autograd.Function):
+    """Sums over tokens: of what is trained on, of cross-entropy, of distillation. Only the first has a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        softcap: float | None,
+        target: Target | None,
+        dtype: torch.dtype,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.rest = softcap, target, dtype, ctx.needs_input_grad[:2]
+        sums, ctx.gradients = _sums_and_gradients(hidden, weight, labels, *ctx.rest)
+        total, hard, soft = sums.unbind()
+        ctx.mark_non_differentiable(hard := hard.clone(), soft := soft.clone())
+        return total.clone(), hard, soft
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Scaled in place and given away, as they are large. A second pass, which is rare, computes them again.
+        gradients = ctx.gradients or _sums_and_gradients(*ctx.saved_tensors, *ctx.rest)[1]
+        ctx.gradients = None
+        return *(None if each is None else each.mul_(grad.to(each.dtype)) for each in gradients), *[None] * 4
+
+
+def _sums_and_gradients(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None,
+    target: Target | None,
+    dtype: torch.dtype,
+    wanted: tuple[bool, bool],
+) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """The three sums, and the gradients of the first with respect to hidden states and weight, where wanted."""
+    student, operand = weight.detach().to(dtype), hidden.detach().to(dtype)
+    teacher = target.weight.detach() if isinstance(target, TeacherTarget) else None
+    size = _chunk_size(student)
+    wide = torch.promote_types(torch.float32, hidden.dtype)
+    sums = torch.zeros(3, dtype=wide, device=hidden.device)
+    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+    grad_weight = torch.zeros_like(weight) if wanted[1] and not len(hidden) else None
+    buffer = student.new_empty((min(size, len(hidden)), len(student)))
+    taught_buffer = None if teacher is None else torch.empty_like(buffer, dtype=teacher.dtype)
+    for chunk in _slices(len(hidden), size):
+        logits_CV = torch.mm(operand[chunk], student.T, out=buffer[: chunk.stop - chunk.start])
+        taught_CV = None
+        if isinstance(target, TeacherTarget):
+            assert teacher is not None and taught_buffer is not None
+            states = target.hidden[chunk].to(teacher.dtype)
+            taught_CV = torch.mm(states, teacher.T, out=taught_buffer[: len(states)])
+        for rows in _tiles(logits_CV):
+            place = slice(chunk.start + rows.start, chunk.start + rows.stop)
+            taught_RV = None if taught_CV is None else taught_CV[rows]
+            tile = _Tile(logits_CV[rows], taught_RV, labels[place], place, wide)
+            sums += _losses_to_gradients(tile, softcap, target)
+        if grad_hidden is not None:
+            grad_hidden[chunk] = logits_CV @ student
+        if wanted[1]:
+            grad_weight = _add_product(grad_weight, logits_CV, operand[chunk], weight.dtype, len(hidden) <= size)
+    return sums, (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class _Tile:
+    """Some rows: their logits before the softcap, to be overwritten with the gradient, the teacher's, the labels."""
+
+    logits_RV: torch.Tensor
+    taught_RV: torch.Tensor | None
+    labels: torch.Tensor
+    place: slice
+    dtype: torch.dtype
+
+
+def _losses_to_gradients(tile: _Tile, softcap: float | None, target: Target | None) -> torch.Tensor:
+    """Put the gradient in the place of the logits.
+
+    Returns:
+        (3,): the sums over the rows of what is trained on, of cross-entropy, of distillation.
+    """
+    share = 0.0 if target is None else target.share
+    z_RV = _capped(tile.logits_RV.to(tile.dtype, copy=True), softcap)
+    log_p_RV = torch.log_softmax(z_RV, dim=-1)
+    places = tile.labels[:, None]
+    hard = -log_p_RV.gather(1, places).sum()
+    soft = torch.zeros_like(hard)
+    if isinstance(target, TeacherTarget):
+        assert tile.taught_RV is not None
+        u_RV = _capped(tile.taught_RV.to(tile.dtype, copy=True), target.softcap)
+        if target.temperature == 1:
+            soft, gradient_RV = _divergence(log_p_RV, u_RV.log_softmax(dim=-1), target.divergence)
+            p_RV = log_p_RV.exp_()
+        else:
+            t = target.temperature
+            tempered = (z_RV / t).log_softmax(dim=-1), u_RV.div_(t).log_softmax(dim=-1)
+            soft, gradient_RV = _divergence(*tempered, target.divergence)
+            soft, gradient_RV = soft * t**2, gradient_RV.mul_(t)
+            p_RV = log_p_RV.exp_()
+        if share < 1:
+            p_RV.scatter_add_(1, places, torch.full_like(places, -1, dtype=p_RV.dtype))
+            gradient_RV.mul_(share).add_(p_RV, alpha=1 - share)
+    else:
+        if target is not None:
+            ids, weights = target.ids[tile.place], target.weights[tile.place].to(tile.dtype)
+            soft = -(log_p_RV.gather(1, ids) * weights).sum()
+        gradient_RV = log_p_RV.exp_()
+        if target is not None:
+            gradient_RV.scatter_add_(1, ids, weights * -share)
+        gradient_RV.scatter_add_(1, places, torch.full_like(places, share - 1, dtype=gradient_RV.dtype))
+    if softcap is not None:
+        # The slope of the softcap: 1 - tanh(x)^2.
+        gradient_RV.mul_(z_RV.div_(softcap).square_().neg_().add_(1))
+    tile.logits_RV.copy_(gradient_RV)
+    return torch.stack([share * soft + (1 - share) * hard, hard, soft])
+
+
+def _divergence(
+    log_p_RV: torch.Tensor, log_q_RV: torch.Tensor, kind: Divergence
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum over rows of a divergence of the student p from the teacher q, and its gradient with respect to the
+    logits of p; ``log_q_RV`` may be overwritten."""
+    if kind == "forward_kl":
+        q_RV = log_q_RV.exp()
+        total = torch.dot(q_RV.view(-1), log_q_RV.sub_(log_p_RV).view(-1))
+        return total, torch.exp(log_p_RV, out=log_q_RV).sub_(q_RV)
+    p_RV = log_p_RV.exp()
+    if kind == "reverse_kl":
+        ratio_RV = log_q_RV.neg_().add_(log_p_RV)
+        of_rows = (p_RV * ratio_RV).sum(dim=-1, keepdim=True)
+        return of_rows.sum(), ratio_RV.sub_(of_rows).mul_(p_RV)
+    assert kind == "jensen_shannon"
+    q_RV = log_q_RV.exp()
+    log_m_RV = torch.logaddexp(log_p_RV, log_q_RV).sub_(0.6931471805599453)
+    of_teacher = torch.dot(q_RV.view(-1), log_q_RV.sub_(log_m_RV).view(-1))
+    ratio_RV = log_m_RV.neg_().add_(log_p_RV)
+    of_rows = (p_RV * ratio_RV).sum(dim=-1, keepdim=True)
+    return (of_rows.sum() + of_teacher) / 2, ratio_RV.sub_(of_rows).mul_(p_RV).div_(2)
+
+
+def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """In place."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _add_product(
+    total: torch.Tensor | None, grad_CV: torch.Tensor, hidden_CD: torch.Tensor, dtype: torch.dtype, single: bool
+) -> torch.Tensor:
+    """Add a chunk's gradient of the weight. Sums of several chunks are kept in float32 where the weight is not."""
+    if single:
+        return grad_CV.T @ hidden_CD
+    if total is None:
+        total = torch.zeros(
+            (grad_CV.shape[1], hidden_CD.shape[1]),
+            dtype=torch.promote_types(torch.float32, dtype),
+            device=grad_CV.device,
+        )
+    if total.dtype == grad_CV.dtype:
+        return total.addmm_(grad_CV.T, hidden_CD)
+    return total.add_(grad_CV.T @ hidden_CD)
+
+
+def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _count(kept: torch.Tensor, given: torch.Tensor | int | None, device: torch.device) -> torch.Tensor | int:
+    count = kept.sum().clamp(min=1) if given is None else given
+    return count.to(device) if torch.is_tensor(count) else count
+
+
+def _chunk_size(weight: torch.Tensor) -> int:
+    return max(1, CHUNK_BYTES // (len(weight) * weight.element_size()))
+
+
+def _slices(length: int, size: int) -> Iterator[slice]:
+    for begin in range(0, length, size):
+        yield slice(begin, min(begin + size, length))
+
+
+def _tiles(logits: torch.Tensor) -> Iterator[slice]:
+    return _slices(len(logits), max(1, TILE_ELEMENTS // logits.shape[1]))
+
+
+def _check(target: Target | None, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    if target is None:
+        return
+    rows = len(target.ids if isinstance(target, SampledTarget) else target.hidden)
+    if rows != len(hidden):
+        raise ValueError(f"The target has {rows} rows and {len(hidden)} labels are not ignored: give one row for each.")
+    if isinstance(target, TeacherTarget) and len(target.weight) != len(weight):
+        raise ValueError(
+            f"The teacher knows {len(target.weight)} words and the student {len(weight)}: distillation needs one "
+            "vocabulary. Take a teacher with the student's tokenizer, or resize its embeddings."
+        )

@@ -6,10 +6,12 @@ Shapes: B batch, T target length, S source length, D width, V vocabulary.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import GenerationMixin
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import (
@@ -23,7 +25,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
 from .layers import ClassificationHead, LMHead
-from .losses import cross_entropy
+from .losses import Target, cross_entropy, linear_loss, token_losses
 from .stacks import T5GemmaDecoder, T5GemmaEncoder, T5GemmaPreTrainedModel, real_tokens
 
 
@@ -135,6 +137,19 @@ class T5GemmaEncoderModel(T5GemmaPreTrainedModel):
         return self.encoder(input_ids=input_ids, **kwargs)
 
 
+@dataclass
+class T5GemmaLMOutput(Seq2SeqLMOutput):
+    """Attributes:
+    logits: (B, T, V), or None where a loss was computed without them.
+    cross_entropy, distillation: what a loss computed without logits consists of, scalars without a graph.
+    token_losses: float32 (B, T), each label's cross-entropy in nats, 0 where ignored, without a graph.
+    """
+
+    cross_entropy: torch.Tensor | None = None
+    distillation: torch.Tensor | None = None
+    token_losses: torch.Tensor | None = None
+
+
 class T5GemmaForConditionalGeneration(T5GemmaPreTrainedModel, GenerationMixin):
     """The encoder-decoder with its language-model head."""
 
@@ -180,15 +195,28 @@ class T5GemmaForConditionalGeneration(T5GemmaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        target: Target | None = None,
+        return_logits: bool | None = None,
+        return_token_losses: bool = False,
         **kwargs: Any,
-    ) -> Seq2SeqLMOutput:
+    ) -> T5GemmaLMOutput:
         """Logits, and the loss when labels are given.
+
+        In training, a loss comes straight from the hidden states and there are no logits: at 256,000 words they would
+        be most of the memory.
 
         Args:
             labels: int64 (B, T), -100 where ignored. Decoder inputs are made from them unless given.
             logits_to_keep: compute logits for the last so many positions only, or for these indices; 0 for all.
             num_items_in_batch: the number of labels in the whole accumulated batch.
+            target: what a teacher thinks of the labels, to distil from.
+            return_logits: whether to return logits; by default unless labels are given in training mode.
+            return_token_losses: return each label's loss, and neither logits nor their mean.
             others: as in ``T5GemmaModel``.
+
+        Raises:
+            ValueError: a target or token losses without labels, or beside a head that is not one plain matrix (with an
+                adapter, quantised or sharded).
         """
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
@@ -209,13 +237,37 @@ class T5GemmaForConditionalGeneration(T5GemmaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **{**kwargs, "return_dict": True},
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        return Seq2SeqLMOutput(
-            loss=None if labels is None else cross_entropy(logits, labels, num_items_in_batch),
-            logits=logits,
-            **{k: v for k, v in outputs.items() if k != "last_hidden_state"},
-        )
+        hidden = outputs.last_hidden_state
+        head = self._plain_head()
+        if (target is not None or return_token_losses) and (labels is None or head is None):
+            raise ValueError(
+                "A distillation target and token losses need labels, and a language-model head that is one matrix: "
+                "without an adapter on it, not quantised and not sharded outside of this model's forward."
+            )
+        if return_logits is None:
+            return_logits = labels is None or not (self.training or return_token_losses)
+        results: dict[str, Any] = {}
+        if return_logits or head is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            results["logits"] = self.lm_head(hidden[:, kept])
+        if return_token_losses:
+            losses = token_losses(hidden.flatten(0, 1), head, labels.flatten(), self.lm_head.softcap)
+            results["token_losses"] = losses.view_as(labels)
+        elif labels is not None and ("logits" not in results or target is not None):
+            loss = linear_loss(
+                hidden, head, labels, softcap=self.lm_head.softcap, target=target, num_items_in_batch=num_items_in_batch
+            )
+            results |= {"loss": loss.total, "cross_entropy": loss.cross_entropy, "distillation": loss.distillation}
+        elif labels is not None:
+            results["loss"] = cross_entropy(results["logits"], labels, num_items_in_batch)
+        return T5GemmaLMOutput(**results, **{k: v for k, v in outputs.items() if k != "last_hidden_state"})
+
+    def _plain_head(self) -> torch.Tensor | None:
+        """The head's weight (V, D) where the head is that and nothing more: not under an adapter, quantisation or
+        tensor parallelism, whose modules have to be called."""
+        module = self.lm_head.out_proj
+        plain = type(module) is nn.Linear and not isinstance(module.weight, DTensor)
+        return module.weight if plain and len(module.weight) == self.config.decoder.vocab_size else None
 
 
 class _Classifier(T5GemmaPreTrainedModel):
