@@ -30,8 +30,8 @@ from typing import Any
 # small products.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # In the processes that measure memory, freed memory goes back to the system at once. By default the C library keeps
-# pieces of up to 32 MiB for later, which adds half again to a backend that works in small pieces and nothing to one that
-# works in large ones, and says nothing about what either needs.
+# pieces of up to 32 MiB for later, which adds half again to a backend that works in small pieces and nothing to one
+# that works in large ones, and says nothing about what either needs.
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**20))
 

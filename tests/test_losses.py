@@ -104,9 +104,7 @@ def test_distillation_is_the_dense_one(divergence, temperature, share, softcaps)
     arguments = numbers(softcap=softcaps[0])
     compare(
         arguments,
-        teacher(
-            arguments["labels"], softcap=softcaps[1], divergence=divergence, temperature=temperature, share=share
-        ),
+        teacher(arguments["labels"], softcap=softcaps[1], divergence=divergence, temperature=temperature, share=share),
     )
 
 

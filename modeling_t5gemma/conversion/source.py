@@ -134,7 +134,7 @@ def _open_folder(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except Exception as error:  # transformers checks each field with an exception of its own
         raise UserError(f"{config_file} is no valid {family.title} config ({_one_line(error)}). Repair it.") from error
-    tensors = _read_headers(folder) if looked_up is None else looked_up
+    tensors = read_headers(folder) if looked_up is None else looked_up
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else {}
     stack_names, left_out = _sort(family, list(tensors), family.stack_name, folder)
@@ -177,7 +177,7 @@ def _family_of(config: dict[str, Any], file: Path) -> Family:
     raise UserError(f"{file} describes {seen}, which cannot be converted. Supported: {supported}.")
 
 
-def _read_headers(folder: Path) -> dict[str, StoredTensor]:
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for shard, listed in _shards(folder).items():
         found = read_header(folder / shard)

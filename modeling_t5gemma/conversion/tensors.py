@@ -145,7 +145,7 @@ def row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 def stored_chunks(tensor: StoredTensor, dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """All rows of ``tensor`` in order and in ``dtype``."""
-    for start, stop in _row_ranges(tensor.shape):
+    for start, stop in row_ranges(tensor.shape):
         yield tensor.rows(start, stop).to(dtype)
 
 
@@ -167,18 +167,18 @@ def drawn_chunks(
     """Normal values of mean 0, the same for a name and a seed whatever else is drawn before."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    for start, stop in _row_ranges(shape):
+    for start, stop in row_ranges(shape):
         values = torch.empty(stop - start, *shape[1:])
         yield values.normal_(0.0, std, generator=generator).to(dtype)
 
 
 def constant_chunks(shape: tuple[int, ...], dtype: torch.dtype, value: float) -> Iterator[torch.Tensor]:
     """One value everywhere."""
-    for start, stop in _row_ranges(shape):
+    for start, stop in row_ranges(shape):
         yield torch.full((stop - start, *shape[1:]), value, dtype=dtype)
 
 
-def _row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+def row_ranges(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Row ranges of about ``CHUNK_BYTES`` in float32, which is what all values pass through."""
     rows = max(1, CHUNK_BYTES // max(1, row_bytes(shape, torch.float32)))
     for start in range(0, shape[0], rows):

@@ -1,36 +1,42 @@
 """Held-out loss, and how much of it the encoder is responsible for.
 
 A falling loss does not show that the decoder reads its encoder: that of one that learns to speak alone falls as well.
-The loss behind another window's prefix shows it.
+The loss behind another example's source shows it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from transformers import PreTrainedModel
 
-from .heads import Head, cross_entropies
-from .precision import Precision
-from .prefix_lm import PrefixLM
-from .windows import Windows
+from ..collators import Layout, Pair, collate
+from ..errors import UserError
+from .teacher import Teacher
 
-TOKENS_OF_LOGITS = 128
+
+@dataclass(frozen=True, eq=False)
+class HeldOutPair:
+    """A pair made for measuring."""
+
+    source: npt.NDArray[Any]
+    target: npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over windows, and its standard error."""
+    """A mean over examples, and its standard error."""
 
     mean: float
     standard_error: float
 
     @classmethod
-    def over_windows(cls, values: torch.Tensor) -> Estimate:
-        """From one value a window, (N,)."""
+    def of(cls, values: torch.Tensor) -> Estimate:
+        """From one value an example, (N,)."""
         error = values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
         return cls(values.mean().item(), error)
 
@@ -40,10 +46,10 @@ class HeldOutLoss:
     """Losses in nats a target token.
 
     Attributes:
-        right: behind the window's own prefix.
-        wrong: behind another window's prefix.
+        right: behind the example's own source.
+        wrong: behind another example's source.
         use: wrong minus right; for an encoder-decoder, how much it uses its encoder.
-        without: of a decoder-only model, without a prefix.
+        without: of a decoder-only model, without a source.
     """
 
     right: Estimate
@@ -53,10 +59,9 @@ class HeldOutLoss:
 
     @classmethod
     def of(cls, right: torch.Tensor, wrong: torch.Tensor, without: torch.Tensor | None = None) -> HeldOutLoss:
-        """From the mean loss of each window, (N,), under each condition."""
-        estimate = Estimate.over_windows
-        alone = None if without is None else estimate(without)
-        return cls(estimate(right), estimate(wrong), estimate(wrong - right), alone)
+        """From the mean loss of each example, (N,), under each condition."""
+        alone = None if without is None else Estimate.of(without)
+        return cls(Estimate.of(right), Estimate.of(wrong), Estimate.of(wrong - right), alone)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,57 +71,42 @@ class HeldOutLoss:
         return cls(**{name: value and Estimate(**value) for name, value in values.items()})
 
 
+def with_wrong_sources(pairs: Sequence[Pair]) -> list[HeldOutPair]:
+    """Each target behind the source of the pair before it (the first behind the last's).
+
+    Raises:
+        UserError: there is only one pair.
+    """
+    if len(pairs) < 2:
+        raise UserError("One held-out example alone has no other example's source: hold out at least two.")
+    return [HeldOutPair(pairs[i - 1].source, pair.target) for i, pair in enumerate(pairs)]
+
+
 def evaluate_student(
-    student: PreTrainedModel, windows: Windows, layout: PrefixLM, precision: Precision, batch_size: int = 8
+    model: torch.nn.Module, pairs: Sequence[Pair], layout: Layout, batch_size: int = 8
 ) -> HeldOutLoss:
-    """The encoder-decoder's losses."""
-
-    def hidden(batch: Windows) -> torch.Tensor:
-        source, target = layout.student_inputs(batch)
-        outputs = student.base_model(input_ids=source, decoder_input_ids=target, use_cache=False)
-        return torch.as_tensor(outputs.last_hidden_state)
-
-    conditions = windows, windows.with_wrong_prefixes()
-    return HeldOutLoss.of(*(_losses(student, hidden, each, precision, batch_size) for each in conditions))
-
-
-def evaluate_teacher(
-    teacher: PreTrainedModel, windows: Windows, layout: PrefixLM, precision: Precision, batch_size: int = 8
-) -> HeldOutLoss:
-    """The decoder-only original's losses on the same target tokens."""
-
-    def losses(condition: Windows, inputs: Callable[[Windows], torch.Tensor]) -> torch.Tensor:
-        def hidden(batch: Windows) -> torch.Tensor:
-            outputs = teacher.base_model(input_ids=inputs(batch), use_cache=False)
-            return torch.as_tensor(outputs.last_hidden_state[:, -batch.targets.shape[1] :])
-
-        return _losses(teacher, hidden, condition, precision, batch_size)
-
+    """The encoder-decoder's losses. ``model`` may be wrapped (DDP, FSDP): only its forward is called."""
     return HeldOutLoss.of(
-        losses(windows, layout.teacher_inputs),
-        losses(windows.with_wrong_prefixes(), layout.teacher_inputs),
-        losses(windows, layout.teacher_inputs_without_prefix),
+        *(student_losses(model, each, layout, batch_size) for each in (pairs, with_wrong_sources(pairs)))
     )
 
 
+def evaluate_teacher(teacher: Teacher, pairs: Sequence[Pair], batch_size: int = 8) -> HeldOutLoss:
+    """The decoder-only original's losses on the same targets."""
+    without = [HeldOutPair(np.empty(0, dtype=np.int64), pair.target) for pair in pairs]
+    return HeldOutLoss.of(*(teacher.losses(each, batch_size) for each in (pairs, with_wrong_sources(pairs), without)))
+
+
 @torch.no_grad()
-def _losses(
-    model: PreTrainedModel,
-    hidden: Callable[[Windows], torch.Tensor],
-    windows: Windows,
-    precision: Precision,
-    batch_size: int,
-) -> torch.Tensor:
-    """Mean loss of each window, float32 (N,) on the CPU."""
-    head = Head.of(model, precision.dtype)
-    training = model.training
+def student_losses(model: torch.nn.Module, pairs: Sequence[Pair], layout: Layout, batch_size: int) -> torch.Tensor:
+    """The mean loss of each pair's target, float32 (len(pairs),) on the CPU."""
+    training, device = model.training, next(model.parameters()).device
     model.eval()
     losses = []
-    for begin in range(0, len(windows), batch_size):
-        batch = windows[begin : begin + batch_size].to(model.device)
-        with precision.autocast(model.device):
-            states = hidden(batch)
-        tokens = cross_entropies(states.flatten(0, 1), head, batch.targets.flatten(), TOKENS_OF_LOGITS)
-        losses.append(tokens.view_as(batch.targets).mean(dim=1).cpu())
+    for begin in range(0, len(pairs), batch_size):
+        some = pairs[begin : begin + batch_size]
+        batch = {name: value.to(device) for name, value in collate([[p] for p in some], layout, None).items()}
+        tokens = model(**batch, use_cache=False, return_token_losses=True).token_losses.cpu()
+        losses.append(tokens.sum(dim=1) / torch.tensor([len(pair.target) for pair in some]))
     model.train(training)
     return torch.cat(losses)

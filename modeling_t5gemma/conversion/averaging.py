@@ -1,0 +1,108 @@
+"""The mean of checkpoints of one architecture, a few megabytes at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from modeling_t5gemma.conversion.source import read_headers, read_json
+from modeling_t5gemma.conversion.staging import staged
+from modeling_t5gemma.conversion.streaming import TensorToWrite, write_index, write_safetensors
+from modeling_t5gemma.conversion.tensors import StoredTensor, nbytes, row_ranges
+from modeling_t5gemma.errors import UserError
+
+# What only the run that wrote a checkpoint needs.
+_OF_THE_RUN = ("optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "training_args.bin", "complete.json",
+               "*.safetensors", "*.safetensors.index.json", "pytorch_model_fsdp*", "scaler.pt")  # fmt: skip
+_OF_NO_MATTER = {"_name_or_path", "transformers_version", "dtype"}
+
+
+def average(
+    checkpoints: Sequence[Path],
+    weights: Sequence[float],
+    output: Path,
+    *,
+    overwrite: bool = False,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Write a checkpoint whose every weight is the weighted mean of the others', summed in float32.
+
+    Everything beside the weights (config, tokenizer, terms) is the last one's. ``output`` appears whole or not at all.
+
+    Args:
+        weights: one a checkpoint; they sum to 1.
+        on_bytes: called with the number of bytes of each piece written.
+
+    Raises:
+        UserError: a checkpoint is missing, or they have other tensors, shapes, dtypes or configs than the last.
+    """
+    if len(checkpoints) < 2 or len(weights) != len(checkpoints):
+        raise UserError(
+            f"{len(checkpoints)} checkpoints with {len(weights)} weights: give two or more, one weight each."
+        )
+    if not math.isclose(sum(weights), 1, abs_tol=1e-6):
+        raise UserError(f"The weights {', '.join(map(str, weights))} sum to {sum(weights):g}: make it 1.")
+    stored = [read_headers(folder) for folder in checkpoints]
+    for folder, tensors in zip(checkpoints, stored, strict=True):
+        _compare(folder, tensors, checkpoints[-1], stored[-1])
+    files = _files(checkpoints[-1], stored[-1])
+    total = sum(nbytes(tensor.shape, tensor.dtype) for tensor in stored[-1].values())
+    with staged(output, overwrite=overwrite, needed=total) as folder:
+        shutil.copytree(checkpoints[-1], folder, ignore=shutil.ignore_patterns(*_OF_THE_RUN), dirs_exist_ok=True)
+        for file, names in files.items():
+            ordered = sorted(names, key=lambda name: -stored[-1][name].dtype.itemsize)
+            write_safetensors(folder / file, [_mean(name, stored, weights) for name in ordered], on_bytes)
+        if len(files) > 1:
+            write_index(folder, {name: file for file, names in files.items() for name in names}, total)
+        record = {"checkpoints": [path.name for path in checkpoints], "weights": list(weights)}
+        (folder / "average.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _mean(name: str, stored: Sequence[dict[str, StoredTensor]], weights: Sequence[float]) -> TensorToWrite:
+    tensors = [each[name] for each in stored]
+    shape, dtype = tensors[0].shape, tensors[0].dtype
+
+    def chunks() -> Iterator[torch.Tensor]:
+        for start, stop in row_ranges(shape):
+            total = torch.zeros((), dtype=torch.float32)
+            for tensor, weight in zip(tensors, weights, strict=True):
+                total = total + tensor.rows(start, stop).float() * weight
+            yield total.to(dtype)
+
+    return TensorToWrite(name, shape, dtype, chunks)
+
+
+def _files(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, list[str]]:
+    """Which tensors each file of a checkpoint holds."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return {"model.safetensors": list(tensors)}
+    files: dict[str, list[str]] = {}
+    for name, file in read_json(index)["weight_map"].items():
+        files.setdefault(file, []).append(name)
+    return files
+
+
+def _compare(folder: Path, tensors: dict[str, StoredTensor], last: Path, wanted: dict[str, StoredTensor]) -> None:
+    if missing := sorted(tensors.keys() ^ wanted.keys()):
+        raise UserError(f"{folder} and {last} differ in their tensors ({missing[0]}): give checkpoints of one model.")
+    for name, tensor in tensors.items():
+        if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
+            raise UserError(
+                f"{name} is {tensor.shape} {tensor.dtype} in {folder} and {wanted[name].shape} {wanted[name].dtype} "
+                f"in {last}: give checkpoints of one model."
+            )
+    mine, theirs = (_without(read_json(path / "config.json")) for path in (folder, last))
+    if mine != theirs:
+        keys = ", ".join(sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)))
+        raise UserError(f"{folder} and {last} differ in their configs ({keys}): give checkpoints of one model.")
+
+
+def _without(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _OF_NO_MATTER}

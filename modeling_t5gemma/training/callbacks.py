@@ -1,0 +1,146 @@
+"""What happens beside the steps: checkpoints are completed, a signal ends a run in order, curves are drawn."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .checkpoints import complete, keep_last
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Declares checkpoints complete and deletes old ones, in this order.
+
+    Args:
+        keep: how many stay; None for all.
+        everyone: waits for all ranks.
+        state: what a complete checkpoint knows beside what the Trainer saves.
+    """
+
+    def __init__(self, keep: int | None, everyone: Callable[[], None], state: Callable[[], dict[str, Any]]) -> None:
+        self.keep = keep
+        self.everyone = everyone
+        self.state = state
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.everyone()
+        if state.is_world_process_zero:
+            output = Path(args.output_dir)
+            complete(output / f"checkpoint-{state.global_step}", self.state())
+            keep_last(output, self.keep)
+
+
+class EndOnSignal(TrainerCallback):
+    """SIGTERM and SIGINT end the run after the step it is in, with a checkpoint. A second one ends it at once.
+
+    Args:
+        agree: of a flag on this rank, whether it is set on any, so that all ranks stop after the same step.
+    """
+
+    def __init__(self, agree: Callable[[bool], bool]) -> None:
+        self.agree = agree
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_begin(self, *_: Any, **kwargs: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._receive)
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Give the signals back to whom they belonged."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.agree(self.received is not None):
+            control.should_save = True
+            control.should_training_stop = True
+
+    def _receive(self, number: int, _: Any) -> None:
+        self.received = signal.Signals(number)
+        self.release()
+
+
+class Curves(TrainerCallback):
+    """``summary.json`` and, where matplotlib is installed, ``curves.png`` in the output folder at every evaluation.
+
+    Args:
+        summary: facts of the run that stand at the summary's top.
+    """
+
+    def __init__(self, summary: Callable[[], dict[str, Any]]) -> None:
+        self.summary = summary
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._write(args, state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self._write(args, state)
+
+    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
+        if not state.is_world_process_zero:
+            return
+        output = Path(args.output_dir)
+        content = {**self.summary(), "step": state.global_step, "log": state.log_history}
+        _replace(output / "summary.json", lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+        _replace(output / "curves.png", lambda path: _draw(path, state.log_history, self.summary()))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    partial = path.with_name(f".{path.name}")
+    write(partial)
+    if partial.exists():
+        os.replace(partial, path)
+
+
+def _draw(path: Path, history: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    """Held-out loss between what the teacher can do with and without the source; encoder use; the training loss."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        return
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    held_out, use, training = figure.subplots(1, 3)
+    measured = [entry for entry in history if "eval_loss" in entry]
+    steps = [entry["step"] for entry in measured]
+    held_out.plot(steps, [entry["eval_loss"] for entry in measured], "o-", label="right source")
+    held_out.plot(steps, [entry["eval_loss_wrong"] for entry in measured], "o--", label="another's source")
+    use.errorbar(
+        steps,
+        [entry["eval_encoder_use"] for entry in measured],
+        [entry["eval_encoder_use_error"] for entry in measured],
+        fmt="o-",
+        capsize=3,
+    )
+    if (teacher := summary.get("teacher")) is not None:
+        held_out.axhline(teacher["right"]["mean"], color="black", linewidth=1, label="the teacher")
+        held_out.axhline(teacher["without"]["mean"], color="black", linestyle=":", label="the teacher, no source")
+        use.axhline(teacher["use"]["mean"], color="black", linewidth=1)
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    training.plot([step for step, _ in losses], [loss for _, loss in losses])
+    for axes, title in (
+        (held_out, "held-out loss, nats a token"),
+        (use, "encoder use: what the right source is worth"),
+        (training, "training loss"),
+    ):
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    held_out.legend()
+    figure.savefig(path, dpi=120, format="png")

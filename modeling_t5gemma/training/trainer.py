@@ -1,0 +1,361 @@
+"""Adaptation on transformers' Trainer: an encoder-decoder learns from its decoder-only original, or from text."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, get_scheduler
+
+from ..collators import Layout, Pair, collate, collate_for_teacher
+from ..errors import UserError
+from ..losses import IGNORED
+from .callbacks import CompleteCheckpoints, Curves, EndOnSignal
+from .checkpoints import find, read_state
+from .evaluation import HeldOutLoss, evaluate_student, evaluate_teacher
+from .meter import Meter
+from .parts import Part, freeze, groups, parameters_of
+from .rows import Rows
+from .teacher import Teacher
+
+
+class NonFiniteLoss(UserError):
+    """A loss became infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained when, beside what ``Seq2SeqTrainingArguments`` say.
+
+    Attributes:
+        frozen: parts that stay as they are.
+        learning_rates: what the learning rate is multiplied with, by part.
+        alone: steps in which cross-attention alone is trained (arXiv 2504.06225, section 3: 1000 where it was drawn at
+            random).
+        joining: steps over which the learning rate of all other parts then rises from 0. Without them the loss is
+            thrown back by nats when everything begins to move at once.
+    """
+
+    frozen: Sequence[Part] = ()
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    alone: int = 0
+    joining: int = 100
+
+
+class AdaptationTrainer(Seq2SeqTrainer):
+    """Trains on rows of examples, a teacher's hidden states beside them, and measures whether the encoder is used.
+
+    A run that is killed goes on from its last complete checkpoint and, on one machine, ends with the bits of one that
+    was not: the order of the data is a function of one integer, which every checkpoint holds.
+
+    Args:
+        model: the encoder-decoder.
+        args: the Trainer's; ``max_steps`` has to be set, as rows don't end.
+        rows: the training rows of this rank from a position on; see ``Rows``.
+        layout: how examples become inputs.
+        capacity: tokens of packed rows in encoder and decoder; None for one example a row.
+        recipe: what is trained when.
+        teacher: learn from it; without one, from the labels.
+        held_out: pairs to measure on, at least two.
+        describe: facts for ``summary.json``.
+        processing_class: the tokenizer, saved beside every checkpoint.
+
+    Raises:
+        UserError: arguments that don't fit each other.
+    """
+
+    optimizer: Any
+    lr_scheduler: Any
+    control: Any
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: Seq2SeqTrainingArguments,
+        *,
+        rows: Callable[[int], Rows],
+        layout: Layout,
+        capacity: tuple[int, int] | None = None,
+        recipe: Recipe | None = None,
+        teacher: Teacher | None = None,
+        held_out: Sequence[Pair] = (),
+        describe: dict[str, Any] | None = None,
+        processing_class: Any = None,
+    ) -> None:
+        self.recipe = recipe or Recipe()
+        _check(args, self.recipe, model, held_out)
+        freeze(model, self.recipe.frozen)
+        if teacher is not None:
+            teacher.check_vocabulary(model)
+        args.ignore_data_skip = True
+        args.logging_nan_inf_filter = False
+        args.remove_unused_columns = False
+        keep, args.save_total_limit = args.save_total_limit, None
+        super().__init__(
+            model,
+            args,
+            train_dataset=torch.utils.data.Dataset(),
+            eval_dataset=list(held_out) or None,
+            processing_class=processing_class,
+        )
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.model.to(args.device)
+        self.describe = describe or {}
+        self.teacher_result: HeldOutLoss | None = None
+        self._rows, self._layout, self._capacity = rows, layout, capacity
+        self._position = 0
+        self._where: list[str] = []
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+        self._meter = Meter(model, None if teacher is None else teacher.model, dtype)
+        self._parts: dict[str, torch.Tensor] = {}
+        self.signals = EndOnSignal(self._any_rank)
+        for callback in (
+            CompleteCheckpoints(keep, self.accelerator.wait_for_everyone, lambda: {"position": self._position}),
+            self.signals,
+            Curves(self._summary),
+        ):
+            self.add_callback(callback)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As the Trainer's; True goes on from the last complete checkpoint, if there is one.
+
+        Raises:
+            UserError: the named checkpoint is not complete.
+            NonFiniteLoss: with the step, the examples and the last good checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            last = find(Path(self.args.output_dir)).last
+            resume_from_checkpoint = None if last is None else str(last)
+        if resume_from_checkpoint:
+            self._position = int(read_state(Path(resume_from_checkpoint))["position"])
+        try:
+            return super().train(resume_from_checkpoint or None, **kwargs)
+        finally:
+            self.signals.release()
+
+    # Data
+
+    def get_train_dataloader(self) -> Any:
+        return _Batches(self._rows(self._position), self._layout, self._capacity, self.teacher is not None)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        """The micro-batches of a step, and how many labels they have on all ranks; the Trainer would leave out every
+        row's first label, as for decoder-only models."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        count = sum((batch["labels"] != IGNORED).sum() for batch in batches)
+        total = self.accelerator.reduce(torch.as_tensor(count, device=device), reduction="sum")
+        return batches, torch.as_tensor(total)
+
+    # Steps
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        position, self._where = inputs.pop("position"), inputs.pop("where")
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._any_rank(not bool(torch.isfinite(loss))):
+            self._stop_for(loss)
+        if self._alone():
+            # They are not trained yet: no part in the clipping of the norm, no state in the optimizer.
+            for parameter in parameters_of(model, ("embeddings", "encoder", "decoder")):
+                parameter.grad = None
+        self._position = position
+        return loss
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The sum over this micro-batch's labels over the number of labels of the whole step."""
+        taught = inputs.pop("teacher", None)
+        tokens = inputs.pop("tokens")
+        target = None if self.teacher is None else self.teacher.target(taught)
+        outputs = model(**inputs, target=target, use_cache=False, num_items_in_batch=num_items_in_batch)
+        self._meter.add(*tokens)
+        for name in ("cross_entropy", "distillation"):
+            if (part := getattr(outputs, name)) is not None:
+                self._parts[name] = self._parts.get(name, 0) + part
+        # Ranks average their gradients, and each holds its part of one sum.
+        loss = outputs.loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _alone(self) -> bool:
+        return self.state.global_step < self.recipe.alone
+
+    def _any_rank(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        total = self.accelerator.reduce(torch.tensor(int(flag), device=self.args.device), reduction="sum")
+        return bool(torch.as_tensor(total) > 0)
+
+    def _stop_for(self, loss: torch.Tensor) -> None:
+        last = find(Path(self.args.output_dir)).last
+        raise NonFiniteLoss(
+            f"The loss of step {self.state.global_step + 1} is {loss.item()} on the examples "
+            f"{', '.join(self._where[:16])}. The last good checkpoint: {last or 'none yet'}. Look at these examples; "
+            "lower the learning rate or raise the warm-up before going on from there."
+        )
+
+    # Optimizer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            trained = self.model if model is None else model
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            if "params" in kwargs or "optimizer_dict" in kwargs or "model" in kwargs:
+                raise UserError(f"optim={self.args.optim} makes its own parameter groups: take AdamW or Adafactor.")
+            self.optimizer = cls(
+                groups(
+                    trained,
+                    self.get_decay_parameter_names(trained),
+                    self.args.weight_decay,
+                    self.args.learning_rate,
+                    self.recipe.learning_rates,
+                ),
+                **kwargs,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The configured schedule for cross-attention; for the rest the same, risen from 0 after it was alone."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            shape = _shape(self.args, num_training_steps)
+            recipe = self.recipe
+
+            def joining(step: int) -> float:
+                if step < recipe.alone:
+                    return 0.0
+                return shape(step) * min(1.0, (step - recipe.alone + 1) / max(1, recipe.joining))
+
+            late = joining if recipe.alone else shape
+            self.lr_scheduler = LambdaLR(
+                optimizer,
+                [shape if group["part"] == "cross_attention" else late for group in optimizer.param_groups],
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # Measuring
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **kwargs: Any,
+    ) -> dict[str, float]:
+        """Held-out losses by source, of this model and, the first time, of its teacher."""
+        pairs = self.eval_dataset if eval_dataset is None else eval_dataset
+        size = self.args.per_device_eval_batch_size
+        if self.teacher is not None and self.teacher_result is None:
+            self.teacher_result = evaluate_teacher(self.teacher, pairs, size)
+        with self.accelerator.autocast():
+            result = evaluate_student(self.model_wrapped, pairs, self._layout, size)
+        metrics = {
+            f"{metric_key_prefix}_loss": result.right.mean,
+            f"{metric_key_prefix}_loss_error": result.right.standard_error,
+            f"{metric_key_prefix}_loss_wrong": result.wrong.mean,
+            f"{metric_key_prefix}_encoder_use": result.use.mean,
+            f"{metric_key_prefix}_encoder_use_error": result.use.standard_error,
+        }
+        if self.teacher_result is not None:
+            without = self.teacher_result.without
+            assert without is not None
+            metrics[f"{metric_key_prefix}_teacher"] = self.teacher_result.right.mean
+            metrics[f"{metric_key_prefix}_teacher_without"] = without.mean
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._parts:
+            steps = max(1, self.state.global_step - self._last_logged())
+            for name, value in self._parts.items():
+                logs[name] = float(torch.as_tensor(self.accelerator.reduce(value, reduction="sum"))) / steps
+            self._parts = {}
+            logs |= self._meter.read(self.accelerator.num_processes)
+            if self.recipe.alone:
+                logs["cross_attention_alone"] = float(self.state.global_step <= self.recipe.alone)
+        super().log(logs, start_time)
+
+    def _last_logged(self) -> int:
+        return max((int(entry["step"]) for entry in self.state.log_history if "loss" in entry), default=0)
+
+    def _summary(self) -> dict[str, Any]:
+        teacher = None if self.teacher_result is None else self.teacher_result.as_dict()
+        return {**self.describe, "position": self._position, "teacher": teacher}
+
+
+class _Batches:
+    """What the Trainer iterates over: a dictionary of tensors a micro-batch. It has no length, as rows don't end."""
+
+    def __init__(self, rows: Rows, layout: Layout, capacity: tuple[int, int] | None, taught: bool) -> None:
+        self.rows, self.layout, self.capacity, self.taught = rows, layout, capacity, taught
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.rows:
+            samples = [sample for row in batch.rows for sample in row]
+            made = collate(batch.rows, self.layout, self.capacity)
+            source, target = (sum(len(getattr(s, side)) for s in samples) for side in ("source", "target"))
+            made |= {
+                "position": batch.position,
+                "where": [sample.where for sample in samples],
+                "tokens": [source, target, source + target if self.taught else 0],
+            }
+            if self.taught:
+                if unteachable := next((s for s in samples if not s.continues), None):
+                    raise UserError(
+                        f"Example {unteachable.where} was corrupted, and a decoder-only teacher cannot teach it: it "
+                        "reads text from left to right. Distil with prefix_lm, or train on it without a teacher."
+                    )
+                made["teacher"] = collate_for_teacher(batch.rows, self.layout, packed=self.capacity is not None)
+            yield made
+
+
+def _shape(args: Seq2SeqTrainingArguments, steps: int) -> Callable[[int], float]:
+    """The configured schedule as a factor of the peak, by step."""
+    dummy = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        dummy,
+        num_warmup_steps=args.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    if not isinstance(scheduler, LambdaLR):
+        raise UserError(f"lr_scheduler_type={args.lr_scheduler_type} is no function of the step alone: take another.")
+    shape: Callable[[int], float] = scheduler.lr_lambdas[0]
+    return shape
+
+
+def _check(args: Seq2SeqTrainingArguments, recipe: Recipe, model: PreTrainedModel, held_out: Sequence[Pair]) -> None:
+    if args.max_steps <= 0:
+        raise UserError(f"max_steps is {args.max_steps}: rows of text don't end, so say after how many steps to stop.")
+    if args.eval_strategy != "no" and len(held_out) < 2:
+        raise UserError(f"eval_strategy={args.eval_strategy} needs at least two held-out examples; there are none.")
+    if recipe.alone and model.config.decoder.cross_attention_type != "separate":
+        raise UserError(
+            "Cross-attention cannot be trained alone here: layerwise cross-attention has no weights of its own. "
+            "Leave the warm-up at 0."
+        )
+    if recipe.alone and args.deepspeed:
+        raise UserError("DeepSpeed keeps gradients to itself, so cross-attention cannot be trained alone: take FSDP.")
+    if args.use_liger_kernel or args.label_smoothing_factor or args.neftune_noise_alpha or args.load_best_model_at_end:
+        raise UserError(
+            "use_liger_kernel, label_smoothing_factor, neftune_noise_alpha and load_best_model_at_end have no meaning "
+            "here: leave them out."
+        )
+    assert math.isfinite(args.learning_rate)
