@@ -31,7 +31,11 @@ from modeling_t5gemma.training.settings import (
 
 def parser() -> ArgumentParser:
     """The command line: --config FILE and every key of every section."""
-    made = ArgumentParser(description=__doc__, usage="adapt.py --config FILE [--SECTION.KEY VALUE ...]")
+    made = ArgumentParser(
+        description=__doc__,
+        usage="adapt.py --config FILE [--SECTION.KEY VALUE ...]",
+        allow_abbrev=False,
+    )
     made.add_argument("--config", action="config", help="a YAML file with these sections")
     made.add_argument("--model", type=ModelSettings)
     made.add_argument("--data", type=DataSettings)

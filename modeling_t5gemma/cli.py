@@ -11,6 +11,7 @@ import typer
 from modeling_t5gemma.commands.average import average_command
 from modeling_t5gemma.commands.convert import convert_command
 from modeling_t5gemma.commands.inspect import inspect
+from modeling_t5gemma.commands.teacher_cache import teacher_cache
 from modeling_t5gemma.commands.tokenize import tokenize
 from modeling_t5gemma.commands.verify import verify
 from modeling_t5gemma.errors import UserError
@@ -20,6 +21,7 @@ app.command("convert")(convert_command(aliases_of="gemma2"))
 app.command()(verify)
 app.command()(inspect)
 app.command()(tokenize)
+app.command()(teacher_cache)
 app.command("average")(average_command)
 
 

@@ -322,6 +322,16 @@ def test_a_mixture_draws_by_weight_over_a_million_tokens(preset):
     assert abs(masked - windows * mean) <= Z * math.sqrt(windows * variance)
 
 
+def test_a_mixture_of_unlike_objectives():
+    mixture = o.Mixture((o.PrefixLM(min_source=3), build("bart"), build("t5")), (3, 1, 2), "unlike")
+    assert mixture.shortest() == 6
+    forms = Counter()
+    for index in range(6000):
+        example = mixture(words(40), o.example_rng(0, 0, index))
+        forms["prefix" if example.continues else "bart" if MASK in example.source else "t5"] += 1
+    assert_distributed(forms, {"prefix": 3 / 6, "bart": 1 / 6, "t5": 2 / 6})
+
+
 def test_the_random_cut_is_uniform():
     objective = o.PrefixLM("random", min_source=3)
     cuts = Counter(len(objective(words(20), o.example_rng(0, 0, index)).source) for index in range(20_000))

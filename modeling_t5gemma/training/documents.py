@@ -30,6 +30,25 @@ class Documents(Protocol):
         """int32, and without a copy where that is possible: a document may be larger than the memory."""
 
 
+class Windows(Protocol):
+    """Random access to windows of text; see ``Pieces``."""
+
+    @property
+    def mean_tokens(self) -> float:
+        """Of a window."""
+
+    def __len__(self) -> int: ...
+
+    def piece(self, index: int) -> Tokens:
+        """A window's tokens, int32."""
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The document of a window, and the place of its first token there."""
+
+    def taught(self, index: int) -> npt.NDArray[np.uint32] | None:
+        """What a teacher would have said in the place of each token, (tokens, samples), where that is known."""
+
+
 class MemoryDocuments:
     """Documents that fit into memory, 4 bytes a token."""
 
@@ -95,6 +114,10 @@ class Pieces:
         """
         document, offset, length = self._find(index)
         return self.documents[document][offset : offset + length].copy()
+
+    def taught(self, index: int) -> npt.NDArray[np.uint32] | None:
+        """Nothing: this is text alone."""
+        return None
 
     def _find(self, index: int) -> tuple[int, int, int]:
         if not 0 <= index < len(self):

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import UserError
 from ..objectives import Objective, Tokens, example_rng
+from .documents import Windows
 from .evaluation import HeldOutPair
-
-
-class Windows(Protocol):
-    """Random access to windows of text; see ``Pieces``."""
-
-    @property
-    def mean_tokens(self) -> float: ...
-
-    def __len__(self) -> int: ...
-
-    def piece(self, index: int) -> Tokens: ...
-
-    def locate(self, index: int) -> tuple[int, int]: ...
 
 
 class Remaining:
@@ -52,6 +39,9 @@ class Remaining:
 
     def locate(self, index: int) -> tuple[int, int]:
         return self.windows.locate(self._place(index))
+
+    def taught(self, index: int) -> npt.NDArray[np.uint32] | None:
+        return self.windows.taught(self._place(index))
 
     def _place(self, index: int) -> int:
         if not 0 <= index < len(self):

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import UserError
 from ..objectives import Schedule, Tokens, example_rng
-from .documents import Cut, Pieces, check_cut
+from .documents import Cut, Windows, check_cut
 from .permutation import Permutation
 
 # example_rng knows a seed, an epoch and an index; the source's number goes above the index.
@@ -29,7 +30,7 @@ class Source:
     """Documents with random access, and their share relative to the other sources' (by windows, not tokens)."""
 
     name: str
-    pieces: Pieces
+    pieces: Windows
     weight: float
 
 
@@ -60,12 +61,15 @@ class Sample:
         target: int32, what the decoder has to produce.
         continues: the target goes on where the source ends, word for word.
         where: the window, "name:document@offset", for error messages.
+        taught: uint32 (target, samples), what a teacher would have said in the place of each target token, where that
+            is known and the target goes on where the source ends.
     """
 
     source: Tokens
     target: Tokens
     continues: bool
     where: str
+    taught: npt.NDArray[np.uint32] | None = None
 
 
 class Blocks(Protocol):
@@ -112,7 +116,8 @@ class Samples:
                 for index in order(places[epochs == epoch]).tolist():
                     document, offset = source.pieces.locate(index)
                     where = f"{source.name}:{document}@{offset}"
-                    windows.append(_Window(source.pieces.piece(index), k, int(epoch), index, where))
+                    taught = source.pieces.taught(index)
+                    windows.append(_Window(source.pieces.piece(index), k, int(epoch), index, where, taught))
         return self._plan.samples(number, windows)
 
 
@@ -157,6 +162,7 @@ class _Window:
     epoch: int
     index: int
     where: str
+    taught: npt.NDArray[np.uint32] | None = None
 
 
 class _Plan:
@@ -182,7 +188,10 @@ class _Plan:
             window = windows[place]
             rng = example_rng(self.seed, window.epoch, window.source << _INDEX_BITS | window.index)
             example = objective(window.tokens, rng)
-            samples.append(Sample(example.source, example.target, example.continues, window.where))
+            taught = None
+            if window.taught is not None and example.continues:
+                taught = window.taught[len(window.tokens) - len(example.target) :]
+            samples.append(Sample(example.source, example.target, example.continues, window.where, taught))
         return samples
 
 

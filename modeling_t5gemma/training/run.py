@@ -44,6 +44,7 @@ from .settings import (
 from .shards import INDEX, TokenShards
 from .sources import TextSource
 from .teacher import Distillation, Teacher
+from .teacher_cache import Taught
 from .tokenizing import TokenStream, load_tokenizer, tokenize_source, vocabulary_of
 from .trainer import AdaptationTrainer, Recipe
 
@@ -85,7 +86,11 @@ def make_trainer(settings: Settings) -> AdaptationTrainer:
     objectives = [objective for _, objective in schedule.stages]
     for objective in objectives:
         check_window(objective, settings.data.window)
-    if settings.model.teacher and not all(objective.teachable for objective in objectives):
+    if settings.model.teacher and settings.model.teacher_cache:
+        raise UserError("Give model.teacher or model.teacher_cache, not both.")
+    if (settings.model.teacher or settings.model.teacher_cache) and not all(
+        objective.teachable for objective in objectives
+    ):
         raise UserError(
             "A decoder-only teacher reads text from left to right and cannot teach corrupted text: leave out "
             f"model.teacher, or train on prefix_lm alone. The objective is {settings.objective!r}."
@@ -120,6 +125,7 @@ def make_trainer(settings: Settings) -> AdaptationTrainer:
         capacity=capacity,
         recipe=_recipe(settings),
         teacher=_load_teacher(settings, layout),
+        cached=settings.distillation.share if settings.model.teacher_cache else None,
         held_out=held_out,
         describe={"settings": describe(settings), "rows": rows_of_run},
         processing_class=tokenizer,
@@ -300,6 +306,10 @@ def _data(
     held_out: list[HeldOutPair] = []
     for number, source in enumerate(data.sources):
         pieces: Any = Pieces(_documents(settings, source, tokenizer), data.window, shortest)
+        if settings.model.teacher_cache:
+            if len(data.sources) > 1:
+                raise UserError("A teacher's cache is of one source: give data.sources that one alone.")
+            pieces = Taught(Path(settings.model.teacher_cache), pieces, vocabulary_of(tokenizer, settings.model.path))
         if number == 0 and data.held_out:
             pieces = Remaining(pieces, data.held_out)
             held_out = pieces.pairs(schedule.stages[-1][1], data.seed)

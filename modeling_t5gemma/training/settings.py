@@ -19,6 +19,7 @@ class ModelSettings:
         dtype: what the weights are kept in; matrix products follow ``training.bf16``.
         teacher: the decoder-only original to learn from; left out, the text itself is learnt.
         teacher_dtype: what the teacher's weights are loaded in.
+        teacher_cache: a folder that ``t5gemma teacher-cache`` made of the first source, instead of a teacher.
     """
 
     path: str
@@ -26,6 +27,7 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     teacher: str | None = None
     teacher_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    teacher_cache: str | None = None
 
 
 @dataclass

@@ -7,22 +7,25 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, get_scheduler
 
 from ..collators import Layout, Pair, collate, collate_for_teacher
 from ..errors import UserError
-from ..losses import IGNORED
+from ..losses import IGNORED, SampledTarget, Target
 from .callbacks import CompleteCheckpoints, Curves, EndOnSignal
 from .checkpoints import find, read_state
 from .evaluation import HeldOutLoss, evaluate_student, evaluate_teacher
 from .meter import Meter
+from .mixture import Sample
 from .parts import Part, freeze, groups, parameters_of
 from .rows import Rows
-from .teacher import Teacher
+from .teacher import Teacher, shard
 
 
 class NonFiniteLoss(UserError):
@@ -62,6 +65,8 @@ class AdaptationTrainer(Seq2SeqTrainer):
         capacity: tokens of packed rows in encoder and decoder; None for one example a row.
         recipe: what is trained when.
         teacher: learn from it; without one, from the labels.
+        cached: learn from the samples of a teacher that the rows carry (``teacher_cache``), with this share against
+            the labels.
         held_out: pairs to measure on, at least two.
         describe: facts for ``summary.json``.
         processing_class: the tokenizer, saved beside every checkpoint.
@@ -84,6 +89,7 @@ class AdaptationTrainer(Seq2SeqTrainer):
         capacity: tuple[int, int] | None = None,
         recipe: Recipe | None = None,
         teacher: Teacher | None = None,
+        cached: float | None = None,
         held_out: Sequence[Pair] = (),
         describe: dict[str, Any] | None = None,
         processing_class: Any = None,
@@ -107,6 +113,9 @@ class AdaptationTrainer(Seq2SeqTrainer):
         self.teacher = teacher
         if teacher is not None:
             teacher.model.to(args.device)
+            if self.is_fsdp_enabled:
+                shard(teacher)
+        self._cached = cached
         self.describe = describe or {}
         self.teacher_result: HeldOutLoss | None = None
         self._rows, self._layout, self._capacity = rows, layout, capacity
@@ -143,7 +152,10 @@ class AdaptationTrainer(Seq2SeqTrainer):
     # Data
 
     def get_train_dataloader(self) -> Any:
-        return _Batches(self._rows(self._position), self._layout, self._capacity, self.teacher is not None)
+        taught: Literal["model", "cache"] | None = "cache" if self._cached is not None else None
+        if self.teacher is not None:
+            taught = "model"
+        return _Batches(self._rows(self._position), self._layout, self._capacity, taught)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -181,7 +193,13 @@ class AdaptationTrainer(Seq2SeqTrainer):
         """The sum over this micro-batch's labels over the number of labels of the whole step."""
         taught = inputs.pop("teacher", None)
         tokens = inputs.pop("tokens")
-        target = None if self.teacher is None else self.teacher.target(taught)
+        target: Target | None = None
+        if self.teacher is not None:
+            target = self.teacher.target(taught)
+        elif self._cached is not None:
+            target = SampledTarget(
+                taught, torch.full_like(taught, 1 / taught.shape[1], dtype=torch.float32), self._cached
+            )
         outputs = model(**inputs, target=target, use_cache=False, num_items_in_batch=num_items_in_batch)
         self._meter.add(*tokens)
         for name in ("cross_entropy", "distillation"):
@@ -302,7 +320,9 @@ class AdaptationTrainer(Seq2SeqTrainer):
 class _Batches:
     """What the Trainer iterates over: a dictionary of tensors a micro-batch. It has no length, as rows don't end."""
 
-    def __init__(self, rows: Rows, layout: Layout, capacity: tuple[int, int] | None, taught: bool) -> None:
+    def __init__(
+        self, rows: Rows, layout: Layout, capacity: tuple[int, int] | None, taught: Literal["model", "cache"] | None
+    ) -> None:
         self.rows, self.layout, self.capacity, self.taught = rows, layout, capacity, taught
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -313,16 +333,24 @@ class _Batches:
             made |= {
                 "position": batch.position,
                 "where": [sample.where for sample in samples],
-                "tokens": [source, target, source + target if self.taught else 0],
+                "tokens": [source, target, source + target if self.taught == "model" else 0],
             }
-            if self.taught:
-                if unteachable := next((s for s in samples if not s.continues), None):
-                    raise UserError(
-                        f"Example {unteachable.where} was corrupted, and a decoder-only teacher cannot teach it: it "
-                        "reads text from left to right. Distil with prefix_lm, or train on it without a teacher."
-                    )
+            if self.taught and (unteachable := next((s for s in samples if not s.continues), None)):
+                raise UserError(
+                    f"Example {unteachable.where} was corrupted, and a decoder-only teacher cannot teach it: it "
+                    "reads text from left to right. Distil with prefix_lm, or train on it without a teacher."
+                )
+            if self.taught == "model":
                 made["teacher"] = collate_for_teacher(batch.rows, self.layout, packed=self.capacity is not None)
+            elif self.taught == "cache":
+                made["teacher"] = torch.from_numpy(np.concatenate([_taught(s) for s in samples]).astype(np.int64))
             yield made
+
+
+def _taught(sample: Sample) -> npt.NDArray[np.uint32]:
+    if sample.taught is None:
+        raise UserError(f"The teacher's cache has nothing for example {sample.where}: make it for this text.")
+    return sample.taught
 
 
 def _shape(args: Seq2SeqTrainingArguments, steps: int) -> Callable[[int], float]:

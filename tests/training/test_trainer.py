@@ -46,7 +46,9 @@ def make(
     held_out: int = 4,
     batch: int = 2,
     accumulation: int = 1,
-    documents=None,
+    windows=None,
+    cached: float | None = None,
+    share: float = 0.5,
     **training,
 ) -> AdaptationTrainer:
     torch.manual_seed(0)
@@ -56,7 +58,7 @@ def make(
         teacher = tiny.gemma3()
     layerwise = model.config.decoder.cross_attention_type == "layerwise"
     layout = Layout(0, 2, 2 if layerwise else None, 2)
-    windows = Remaining(Pieces(documents or text(), 16, 6), held_out)
+    windows = Remaining(windows or Pieces(text(), 16, 6), held_out)
     samples = Samples(
         [Source("text", windows, 1.0)], schedule, seed=3, block=16, total=max(1, steps * batch * accumulation)
     )
@@ -88,7 +90,8 @@ def make(
         layout=layout,
         capacity=pack,
         recipe=recipe,
-        teacher=None if teacher is False else Teacher(teacher, layout, Distillation(share=0.5)),
+        teacher=None if teacher is False else Teacher(teacher, layout, Distillation(share=share)),
+        cached=cached,
         held_out=windows.pairs(PrefixLM(), 0),
     )
 

@@ -1,0 +1,212 @@
+"""examples/adapt.py as its users run it: config files, the command line, kills."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForSeq2SeqLM
+
+from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.training.checkpoints import find
+from modeling_t5gemma.training.run import make_trainer
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "examples" / "configs").glob("adapt_*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def adapt():
+    spec = importlib.util.spec_from_file_location("adapt", ROOT / "examples" / "adapt.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["adapt"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    """A tiny student and its original, a text, and a config file for them."""
+    source = tiny.gemma3()
+    student, tokenizer = tiny.layerwise(source, bidirectional_layers="all"), tiny.word_tokenizer()
+    for model, name in ((student, "student"), (source, "original")):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    (tmp_path / "student" / "NOTICE").write_text("made of something")
+    words = random.Random(0)
+    lines = [
+        {"text": " ".join(f"w{words.randrange(4, tiny.VOCAB)}" for _ in range(words.randrange(8, 40)))}
+        for _ in range(60)
+    ]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "no json\n")
+    settings = {
+        "model": {"path": str(tmp_path / "student"), "teacher": str(tmp_path / "original")},
+        "data": {"sources": [{"path": str(tmp_path / "text.jsonl")}], "window": 16, "held_out": 4, "block": 16},
+        "recipe": {"frozen": ["embeddings"]},
+        "training": {
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 12,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_steps": 1,
+            "save_total_limit": 3,
+            "eval_strategy": "steps",
+            "eval_steps": 6,
+            "report_to": "none",
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def start(config: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "examples/adapt.py", "--config", str(config), *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output[-4000:]
+    return output
+
+
+def steps_of(folder: Path) -> dict[int, float]:
+    log = json.loads((folder / "summary.json").read_text())["log"]
+    return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(config, tmp_path):
+    whole = finish(start(config, "--training.output_dir", str(tmp_path / "whole")))
+    assert "skipped" in whole and "text.jsonl" in whole
+    out, moments = tmp_path / "out", random.Random(int(time.time()))
+    for after in (2, 5):
+        process = start(config)
+        # A checkpoint a step: wherever the kill falls, one is being written or has just been.
+        while process.poll() is None and not list(out.glob(f"checkpoint-{after}")):
+            time.sleep(0.005)
+        time.sleep(moments.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert find(out).last is not None
+    process = start(config)
+    while process.poll() is None and not list(out.glob("checkpoint-8")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    stopped = finish(process, code=128 + signal.SIGTERM)
+    assert "Stopped by SIGTERM" in stopped and "Traceback" not in stopped
+    assert "Going on from" in finish(start(config))
+    assert steps_of(out) == steps_of(tmp_path / "whole")
+    assert (out / "NOTICE").exists() and (out / "sentinels.json").exists()
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert type(AutoModelForSeq2SeqLM.from_pretrained(out)).__module__ == "modeling_t5gemma.modeling_t5gemma"
+
+
+def parse(adapt, *arguments: str):
+    cli = adapt.parser()
+    given = cli.instantiate(cli.parse_args(list(arguments)))
+    return adapt.Settings(given.model, given.data, given.training, given.objective, given.distillation, given.recipe)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path, adapt, tmp_path):
+    settings = parse(adapt, "--config", str(path), "--training.output_dir", str(tmp_path), "--training.bf16", "false")
+    assert settings.training.max_steps > 0 and settings.model.teacher
+    assert CONFIGS and settings.data.window in (256, 8192)
+
+
+def test_shipped_sharding_configs_load():
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils.deepspeed import HfDeepSpeedConfig
+
+    configs = ROOT / "examples" / "configs"
+    loaded = load_config_from_file(str(configs / "fsdp2.yaml"))
+    assert loaded.fsdp_config["fsdp_version"] == 2
+    from modeling_t5gemma.stacks import T5GemmaPreTrainedModel
+
+    wrapped = set(loaded.fsdp_config["fsdp_transformer_layer_cls_to_wrap"].split(","))
+    assert wrapped == set(T5GemmaPreTrainedModel._no_split_modules)
+    assert HfDeepSpeedConfig(str(configs / "zero3.json")).is_zero3()
+
+
+def test_any_key_is_overridden_and_an_unknown_one_refused(config, adapt, capsys):
+    settings = parse(
+        adapt,
+        "--config",
+        str(config),
+        "--training.learning_rate",
+        "0.5",
+        "--objective",
+        "{name: prefix_lm, cut: random}",
+    )
+    assert settings.training.learning_rate == 0.5 and settings.objective == {"name": "prefix_lm", "cut": "random"}
+    with pytest.raises(SystemExit) as stopped:
+        parse(adapt, "--config", str(config), "--training.learning_rat", "0.5")
+    assert stopped.value.code == 2 and "learning_rat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--model.teacher", "{tmp}/nowhere"], "cannot be loaded"),
+        (["--model.path", "{tmp}/original"], "no encoder-decoder. Convert it first"),
+        (["--data.window", "100000"], "was made for 256"),
+        (["--data.pack", "[8, 8]"], "raise data.pack or lower data.window"),
+        (["--objective", "ul2", "--recipe.sentinels", "[80, 81, 82, 83, 84, 85, 86]"], "cannot teach corrupted text"),
+        (["--objective", "ul2"], "sentinels"),
+        (["--objective", "ul3"], "ul3"),
+        (["--data.sources", "[{{path: {tmp}/none.jsonl}}]"], "does not exist"),
+        (["--data.held_out", "100000"], "cannot be held out"),
+        (["--data.max_bad", "0"], "no json|JSON|bad records"),
+    ],
+)
+def test_bad_settings_are_told_in_one_line(arguments, words, config, adapt, tmp_path):
+    with pytest.raises(UserError, match=words) as error:
+        make_trainer(parse(adapt, "--config", str(config), *(each.format(tmp=tmp_path) for each in arguments)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_with_another_run_is_refused(config, adapt, tmp_path):
+    trainer = make_trainer(
+        parse(adapt, "--config", str(config), "--training.max_steps", "1", "--training.eval_strategy", "no")
+    )
+    trainer.train()
+    with pytest.raises(UserError, match=r"another data.seed"):
+        make_trainer(parse(adapt, "--config", str(config), "--training.max_steps", "1", "--data.seed", "1"))
+
+
+def test_ul2_then_prefix_lm_packed_with_workers(config, adapt):
+    stages = [
+        {"objective": {"denoisers": [{"mean_span": 3, "rate": 0.3}]}, "share": 0.5},
+        {"objective": "prefix_lm", "share": 0.5},
+    ]
+    changes = {
+        "model.teacher": "null",
+        "data.pack": "[40, 40]",
+        "data.workers": "1",
+        "training.max_steps": "3",
+        "recipe.sentinels": "[80, 81, 82, 83, 84, 85]",
+        "objective": json.dumps(stages),
+    }
+    arguments = [word for key, value in changes.items() for word in (f"--{key}", value)]
+    trainer = make_trainer(parse(adapt, "--config", str(config), *arguments))
+    trainer.train()
+    assert trainer.state.global_step == 3
