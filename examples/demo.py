@@ -298,7 +298,7 @@ def make_trainer(
         adam_beta2=0.95,
         bf16=measured.precision.dtype == torch.bfloat16,
         use_cpu=student.device.type == "cpu",
-        save_steps=10,
+        save_steps=12,
         save_total_limit=1,
         logging_steps=1,
         report_to="none",

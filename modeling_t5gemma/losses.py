@@ -24,11 +24,12 @@ IGNORED = -100
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
-# The logits of a chunk take this much memory. More of it saves little time: a chunk of hundreds of tokens is enough to
-# hide that the head's weight is read again for each.
+# The logits of a chunk take this much memory where the head has a gradient, whose sum over chunks is read and written
+# again for each; otherwise a quarter, as fresh memory costs time too.
 CHUNK_BYTES = 2**29
-# The element-wise passes go over so many logits at a time, which then stay in the last-level cache of a CPU.
-TILE_ELEMENTS = 2**20
+# The element-wise passes go over so many logits at a time: on a CPU such that they stay in its cache, on an
+# accelerator such that there are few of them.
+TILE_ELEMENTS, ACCELERATOR_TILE_ELEMENTS = 2**18, 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +161,7 @@ def token_losses(
     weight = weight.to(dtype)
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
     places = (labels != IGNORED).nonzero()[:, 0]
-    for chunk in _slices(len(places), _chunk_size(weight)):
+    for chunk in _slices(len(places), _chunk_size(weight, CHUNK_BYTES // 4)):
         logits = hidden[places[chunk]].to(dtype) @ weight.T
         for rows in _tiles(logits):
             z_RV = _capped(logits[rows].float(), softcap)
@@ -210,7 +211,7 @@ def _sums_and_gradients(
     """The three sums, and the gradients of the first with respect to hidden states and weight, where wanted."""
     student, operand = weight.detach().to(dtype), hidden.detach().to(dtype)
     teacher = target.weight.detach() if isinstance(target, TeacherTarget) else None
-    size = _chunk_size(student)
+    size = _chunk_size(student, CHUNK_BYTES if wanted[1] else CHUNK_BYTES // 4)
     wide = torch.promote_types(torch.float32, hidden.dtype)
     sums = torch.zeros(3, dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -342,8 +343,8 @@ def _count(kept: torch.Tensor, given: torch.Tensor | int | None, device: torch.d
     return count.to(device) if torch.is_tensor(count) else count
 
 
-def _chunk_size(weight: torch.Tensor) -> int:
-    return max(1, CHUNK_BYTES // (len(weight) * weight.element_size()))
+def _chunk_size(weight: torch.Tensor, size: int) -> int:
+    return max(1, size // (len(weight) * weight.element_size()))
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
@@ -352,7 +353,8 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 
 
 def _tiles(logits: torch.Tensor) -> Iterator[slice]:
-    return _slices(len(logits), max(1, TILE_ELEMENTS // logits.shape[1]))
+    elements = TILE_ELEMENTS if logits.device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS
+    return _slices(len(logits), max(1, elements // logits.shape[1]))
 
 
 def _check(target: Target | None, hidden: torch.Tensor, weight: torch.Tensor) -> None:

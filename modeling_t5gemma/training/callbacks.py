@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .checkpoints import complete, keep_last
@@ -71,6 +72,49 @@ class EndOnSignal(TrainerCallback):
     def _receive(self, number: int, _: Any) -> None:
         self.received = signal.Signals(number)
         self.release()
+
+
+class Progress(TrainerCallback):
+    """A bar with the loss and the rate, and a line for each evaluation."""
+
+    def __init__(self) -> None:
+        self.bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_local_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", disable=args.disable_tqdm, leave=False
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.bar is None or logs is None:
+            return
+        if "loss" in logs:
+            self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, {logs.get('tokens_per_second', 0):.0f} tokens/s")
+        if "eval_loss" in logs and not args.disable_tqdm:
+            use, error = logs["eval_encoder_use"], logs["eval_encoder_use_error"]
+            teacher = f", the teacher's {logs['eval_teacher']:.3f}" if "eval_teacher" in logs else ""
+            tqdm.write(
+                f"step {state.global_step}: held-out loss {logs['eval_loss']:.3f}{teacher}, encoder use {use:.3f} ± "
+                f"{error:.3f}"
+            )
+
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
 
 
 class Curves(TrainerCallback):

@@ -2,8 +2,8 @@
 
 At each place of every window some words are drawn from the teacher's distribution. The cross-entropy against them is
 an unbiased estimate of the one against the distribution itself, whatever their number; that against the k likeliest
-words is not, as it knows nothing of the rest ("Sparse Logit Sampling", arXiv 2503.16870). Being for every place, the samples
-serve PrefixLM with any cut.
+words is not, as it knows nothing of the rest ("Sparse Logit Sampling", arXiv 2503.16870). Being for every place, the
+samples serve PrefixLM with any cut.
 """
 
 from __future__ import annotations

@@ -13,12 +13,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, get_scheduler
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    get_scheduler,
+)
 
 from ..collators import Layout, Pair, collate, collate_for_teacher
 from ..errors import UserError
 from ..losses import IGNORED, SampledTarget, Target
-from .callbacks import CompleteCheckpoints, Curves, EndOnSignal
+from .callbacks import CompleteCheckpoints, Curves, EndOnSignal, Progress
 from .checkpoints import find, read_state
 from .evaluation import HeldOutLoss, evaluate_student, evaluate_teacher
 from .meter import Meter
@@ -125,7 +132,10 @@ class AdaptationTrainer(Seq2SeqTrainer):
         self._meter = Meter(model, None if teacher is None else teacher.model, dtype)
         self._parts: dict[str, torch.Tensor] = {}
         self.signals = EndOnSignal(self._any_rank)
+        for theirs in (PrinterCallback, ProgressCallback):
+            self.remove_callback(theirs)
         for callback in (
+            Progress(),
             CompleteCheckpoints(keep, self.accelerator.wait_for_everyone, lambda: {"position": self._position}),
             self.signals,
             Curves(self._summary),
