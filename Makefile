@@ -36,7 +36,7 @@ format: $(VENV)/.dev ## fix what ruff can fix
 	$(VENV)/bin/ruff format .
 
 bench: $(VENV)/.dev ## every benchmark, one after the other
-	@set -e; for benchmark in benchmarks/*.py; do echo "== $$benchmark"; $(RUN) $$benchmark $(ARGS); done
+	@set -e; for benchmark in benchmarks/[a-z]*.py; do echo "== $$benchmark"; $(RUN) $$benchmark $(ARGS); done
 
 clean: ## remove the environments and caches
 	rm -rf $(VENV) $(FLOOR) build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

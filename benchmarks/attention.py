@@ -13,14 +13,11 @@ no backend but eager; the rows without a softcap are there to compare with torch
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +26,12 @@ from typing import Any
 # longer, every case is several times slower as soon as the machine does anything else, and most of all those with many
 # small products.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# In the processes that measure memory, freed memory goes back to the system at once. By default the C library keeps
-# pieces of up to 32 MiB for later, which adds half again to a backend that works in small pieces and nothing to one
-# that works in large ones, and says nothing about what either needs.
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**20))
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._memory import in_own_process, peak_of
 
 VOCABULARY = 4096
 MEMORY_TARGET, TIME_TARGET, BFLOAT16_TIME_TARGET = 0.25, 0.8, 1.0
@@ -101,29 +95,8 @@ def step(encoder: torch.nn.Module, tokens: int) -> None:
     hidden.backward(torch.ones_like(hidden))
 
 
-def anonymous_bytes() -> int:
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-
-
 def available_bytes() -> int:
     return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-
-
-def peak_of(work: Callable[[], None]) -> int:
-    """The peak of anonymous memory above what there is now."""
-    before, peak, done = anonymous_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous_bytes() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    work()
-    done.set()
-    watcher.join()
-    return peak
 
 
 def memory_here(setup: Setup, case: Case, tokens: int) -> int:
@@ -132,11 +105,6 @@ def memory_here(setup: Setup, case: Case, tokens: int) -> int:
     step(encoder, 16)  # what the first pass loads is no part of the answer
     encoder.zero_grad(set_to_none=True)
     return peak_of(lambda: step(encoder, tokens))
-
-
-def memory(setup: Setup, case: Case, tokens: int) -> int:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(memory_here, setup, case, tokens).result()
 
 
 def product_rate(setup: Setup, tokens: int, clock: Callable[[], float]) -> float:
@@ -181,7 +149,7 @@ def table(
 ) -> tuple[dict, dict]:
     """Prints and returns seconds and bytes by case."""
     seconds = times(setup, cases, tokens, repeats, clock)
-    peaks = {case: memory(setup, case, tokens) for case in cases}
+    peaks = {case: in_own_process(memory_here, setup, case, tokens) for case in cases}
     print(f"\n{tokens} tokens, {str(setup.dtype).removeprefix('torch.')}, load {os.getloadavg()[0]:.1f}")
     print(f"  {'':28}{'seconds':>9}{'of stock':>10}{'of floor':>10}{'extra MiB':>11}{'of stock':>10}{'KiB/token':>11}")
     for case in cases:

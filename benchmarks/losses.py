@@ -13,24 +13,18 @@ distillation, measured between the runs.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-
-# In the processes that measure memory, freed memory goes back to the system at once.
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**20))
 
 import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._memory import in_own_process, peak_of
 
 SOFTCAP = 30.0
 PRODUCTS = {"cross-entropy": 3, "distillation": 4}
@@ -91,33 +85,12 @@ def capped(logits: torch.Tensor) -> torch.Tensor:
     return torch.tanh(logits / SOFTCAP) * SOFTCAP
 
 
-def anonymous_bytes() -> int:
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-
-
 def extra_memory_here(arguments: tuple, way: str, threads: int) -> int:
     torch.set_num_threads(threads)
     small = Case(arguments[0], 64, 32, 8, arguments[4])
     getattr(small, way)()  # what the first pass loads is no part of the answer
     case = Case(*arguments)
-    before, peak, done = anonymous_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous_bytes() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    getattr(case, way)()
-    done.set()
-    watcher.join()
-    return peak - case.gradient_bytes()
-
-
-def extra_memory(arguments: tuple, way: str, threads: int) -> int:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(extra_memory_here, arguments, way, threads).result()
+    return peak_of(getattr(case, way)) - case.gradient_bytes()
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -158,7 +131,9 @@ def main() -> None:
             for loss in given.losses:
                 arguments = (loss, given.words, width, given.targets, dtype)
                 took = times(Case(*arguments), given.repeats)
-                memory = {way: extra_memory(arguments, way, given.threads) for way in ("dense", "ours")}
+                memory = {
+                    way: in_own_process(extra_memory_here, arguments, way, given.threads) for way in ("dense", "ours")
+                }
                 print(f"\n{loss}, width {width}, {name}: floor ({PRODUCTS[loss]} products) {took['floor']:.2f} s")
                 for way in ("dense", "ours"):
                     print(

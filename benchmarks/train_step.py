@@ -13,25 +13,19 @@ there was before it, after a first step has made gradients and optimizer states,
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import statistics
 import sys
-import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-
-# In the processes that measure memory, freed memory goes back to the system at once.
-os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**20))
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks._memory import in_own_process, peak_of
 
 MEMORY_TARGET = 0.25
 TIME_TARGETS = {"float32": 0.9, "bfloat16": 0.7}
@@ -103,32 +97,11 @@ def decoder_only(stack: Any) -> torch.nn.Module:
     )
 
 
-def anonymous_bytes() -> int:
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-
-
 def extra_memory_here(arguments: tuple, threads: int) -> int:
     torch.set_num_threads(threads)
     step = Step(*arguments)
     step()
-    before, peak, done = anonymous_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous_bytes() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    step()
-    done.set()
-    watcher.join()
-    return peak
-
-
-def extra_memory(arguments: tuple, threads: int) -> int:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(extra_memory_here, arguments, threads).result()
+    return peak_of(step)
 
 
 def verdict(value: float, target: float) -> str:
@@ -159,7 +132,7 @@ def main() -> None:
                 measured[way].append(time.perf_counter() - begin)
         seconds = {way: statistics.median(values) for way, values in measured.items()}
         del steps, step
-        memory = {way: extra_memory((way, *rest), given.threads) for way in seconds}
+        memory = {way: in_own_process(extra_memory_here, (way, *rest), given.threads) for way in seconds}
         print(f"\n{given.preset}-{given.preset}, {name}, batch {given.batch} of {given.half} + {given.half} tokens")
         for way in seconds:
             print(f"  {way:6}{seconds[way]:8.2f} s a step{memory[way] / 2**20:8.0f} MiB extra, loss {losses[way]:.5f}")
