@@ -24,11 +24,14 @@ _FILES = (
     "chat_template.json",
 )
 # transformers takes 340 MB to rebuild a vocabulary of 262,144 from a GGUF file, so a process of its own does it. The
-# tokenizer's class is named because AutoTokenizer would read the whole header by way of objects, 740 MB.
+# tokenizer's class is named because AutoTokenizer would read the whole header by way of objects, 740 MB. Every Gemma
+# begins its input with <bos>, which transformers before 5.22 forgets here.
 _REBUILD = (
     "import sys, transformers\n"
     "_, cls, folder, file, into = sys.argv\n"
-    "getattr(transformers, cls).from_pretrained(folder, gguf_file=file).save_pretrained(into)\n"
+    "tokenizer = getattr(transformers, cls).from_pretrained(folder, gguf_file=file)\n"
+    "tokenizer.add_bos_token = True\n"
+    "tokenizer.save_pretrained(into)\n"
 )
 
 
