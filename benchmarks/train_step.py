@@ -16,6 +16,7 @@ import argparse
 import statistics
 import sys
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,8 @@ class Step:
             from transformers.models.t5gemma.modeling_t5gemma import T5GemmaForConditionalGeneration as make
 
             config = T5GemmaConfig(encoder=config.encoder.to_dict(), decoder=config.decoder.to_dict())
-        torch.manual_seed(0)
         kwargs = {"attn_implementation": "eager"} if way == "stock" else {}
-        self.student = make._from_config(config, **kwargs).to(dtype).train()
+        self.student = with_common_weights(make._from_config(config, **kwargs)).to(dtype).train()
         self.layout = Layout(pad=0, start=2, teacher_begin=2)
         self.teacher = Teacher(decoder_only(config.decoder).to(dtype), self.layout)
         generator = np.random.default_rng(0)
@@ -84,6 +84,14 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         return loss.item()
+
+
+@torch.no_grad()
+def with_common_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights that follow from their names, which both packages share."""
+    for name, parameter in model.named_parameters():
+        parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    return model
 
 
 def decoder_only(stack: Any) -> torch.nn.Module:

@@ -152,39 +152,36 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _draw(path: Path, history: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """Held-out loss between what the teacher can do with and without the source; encoder use; the training loss."""
+    """The training loss, and where it was measured the held-out loss and the encoder's use, beside the teacher's."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         return
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    held_out, use, training = figure.subplots(1, 3)
     measured = [entry for entry in history if "eval_loss" in entry]
-    steps = [entry["step"] for entry in measured]
-    held_out.plot(steps, [entry["eval_loss"] for entry in measured], "o-", label="right source")
-    held_out.plot(steps, [entry["eval_loss_wrong"] for entry in measured], "o--", label="another's source")
-    use.errorbar(
-        steps,
-        [entry["eval_encoder_use"] for entry in measured],
-        [entry["eval_encoder_use_error"] for entry in measured],
-        fmt="o-",
-        capsize=3,
-    )
-    if (teacher := summary.get("teacher")) is not None:
-        held_out.axhline(teacher["right"]["mean"], color="black", linewidth=1, label="the teacher")
-        held_out.axhline(teacher["without"]["mean"], color="black", linestyle=":", label="the teacher, no source")
-        use.axhline(teacher["use"]["mean"], color="black", linewidth=1)
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    training.plot([step for step, _ in losses], [loss for _, loss in losses])
-    for axes, title in (
-        (held_out, "held-out loss, nats a token"),
-        (use, "encoder use: what the right source is worth"),
-        (training, "training loss"),
-    ):
+    figure = Figure(figsize=(12 if measured else 4.5, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3 if measured else 1, squeeze=False)[0]
+    titles = ["training loss", "held-out loss, nats a token", "encoder use: what the right source is worth"]
+    for axes, title in zip(panels, titles, strict=False):
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    held_out.legend()
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    panels[0].plot([step for step, _ in losses], [loss for _, loss in losses])
+    if measured:
+        _draw_measured(panels[1], panels[2], measured, summary.get("teacher"))
     figure.savefig(path, dpi=120, format="png")
+
+
+def _draw_measured(loss: Any, use: Any, measured: list[dict[str, Any]], teacher: dict[str, Any] | None) -> None:
+    steps = [entry["step"] for entry in measured]
+    loss.plot(steps, [entry["eval_loss"] for entry in measured], "o-", label="right source")
+    loss.plot(steps, [entry["eval_loss_wrong"] for entry in measured], "o--", label="another's source")
+    values, errors = ([entry[f"eval_encoder_use{end}"] for entry in measured] for end in ("", "_error"))
+    use.errorbar(steps, values, errors, fmt="o-", capsize=3)
+    if teacher is not None:
+        loss.axhline(teacher["right"]["mean"], color="black", linewidth=1, label="the teacher")
+        loss.axhline(teacher["without"]["mean"], color="black", linestyle=":", label="the teacher, no source")
+        use.axhline(teacher["use"]["mean"], color="black", linewidth=1)
+    loss.legend()
