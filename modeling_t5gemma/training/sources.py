@@ -215,9 +215,9 @@ class TextSource:
     def _hub_rows(self, start: int) -> Iterator[tuple[Any, str]]:
         options = dict(name=self.name, split=self.split, streaming=self.streaming, revision=self.revision)
         rows = self._opened(self.path, **options)
-        if start and not self.streaming and start >= len(rows):
-            return iter(())  # skip() refuses to leave nothing
-        return _numbered(rows.skip(start) if start else rows, f"{self.path} ({self.split}), record", start)
+        # Where nothing would be left, skip() refuses or, in older versions, skips nothing: the last one is dropped here.
+        rest = itertools.islice(rows.skip(start - 1) if start > 1 else rows, int(start > 0), None)
+        return _numbered(rest, f"{self.path} ({self.split}), record", start)
 
     def _opened(self, path: str, **options: Any) -> Any:
         """A data set of the text column alone."""
