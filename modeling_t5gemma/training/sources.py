@@ -215,7 +215,7 @@ class TextSource:
     def _hub_rows(self, start: int) -> Iterator[tuple[Any, str]]:
         options = dict(name=self.name, split=self.split, streaming=self.streaming, revision=self.revision)
         rows = self._opened(self.path, **options)
-        # Where nothing would be left, skip() refuses or, in older versions, skips nothing: the last one is dropped here.
+        # Where nothing would be left, skip() refuses or, in older versions, skips nothing: the last is dropped here.
         rest = itertools.islice(rows.skip(start - 1) if start > 1 else rows, int(start > 0), None)
         return _numbered(rest, f"{self.path} ({self.split}), record", start)
 
