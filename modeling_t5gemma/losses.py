@@ -146,28 +146,92 @@ def linear_loss(
     return LossParts(total / count, hard.detach() / count, None if target is None else soft.detach() / count)
 
 
-@torch.no_grad()
 def token_losses(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, softcap: float | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    softcap: float | None = None,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
-    """The cross-entropy of each label in nats, float32 (N,), 0 where ignored, without a graph.
+    """The cross-entropy of each label in nats, float32 (..., ) (float64 for float64), 0 where ignored: minus the
+    log-probability.
+
+    For losses that are no plain mean, such as those of preferences and rewards. Where a gradient is asked for, the
+    logits are computed a second time for it, so there are never more than a chunk's.
 
     Args:
-        hidden: float (N, D).
+        hidden: float (..., D), already aligned with the labels.
         weight: float (V, D).
-        labels: int64 (N,).
+        labels: int64 (...).
+        temperature: divides the logits, after the softcap.
     """
-    dtype = _product_dtype(hidden)
-    weight = weight.to(dtype)
-    losses = torch.zeros(labels.shape, dtype=torch.float32, device=hidden.device)
-    places = (labels != IGNORED).nonzero()[:, 0]
-    for chunk in _slices(len(places), _chunk_size(weight, CHUNK_BYTES // 4)):
-        logits = hidden[places[chunk]].to(dtype) @ weight.T
-        for rows in _tiles(logits):
-            z_RV = _capped(logits[rows].float(), softcap)
-            own = places[chunk][rows]
-            losses[own] = z_RV.logsumexp(dim=-1) - z_RV.gather(1, labels[own][:, None])[:, 0]
-    return losses
+    labels = labels.to(hidden.device)
+    kept = labels != IGNORED
+    losses: torch.Tensor = _TokenLosses.apply(
+        hidden[kept], weight, labels[kept], softcap, temperature, _product_dtype(hidden)
+    )
+    return losses.new_zeros(labels.shape).masked_scatter(kept, losses)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """The losses of N labels. What is made of them decides the gradient, so it is formed in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        softcap: float | None,
+        temperature: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight, labels)
+        ctx.rest = softcap, temperature, dtype
+        wide = torch.promote_types(torch.float32, hidden.dtype)
+        losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        for _, logits_CV, places in _chunks_of_logits(hidden, weight, dtype, CHUNK_BYTES // 4):
+            for rows in _tiles(logits_CV):
+                z_RV = _capped(logits_CV[rows].to(wide, copy=True), softcap).div_(temperature)
+                own = labels[places][rows]
+                losses[places][rows] = z_RV.logsumexp(dim=-1) - z_RV.gather(1, own[:, None])[:, 0]
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, labels = ctx.saved_tensors
+        softcap, temperature, dtype = ctx.rest
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if of_hidden else None
+        grad_weight = torch.zeros_like(weight) if of_weight and not len(hidden) else None
+        size = CHUNK_BYTES if of_weight else CHUNK_BYTES // 4
+        operand = hidden.detach().to(dtype)
+        for student, logits_CV, places in _chunks_of_logits(hidden, weight, dtype, size):
+            for rows in _tiles(logits_CV):
+                z_RV = _capped(logits_CV[rows].to(grad.dtype, copy=True), softcap)
+                gradient_RV = (z_RV / temperature).softmax(dim=-1)
+                own = labels[places][rows][:, None]
+                gradient_RV.scatter_add_(1, own, torch.full_like(own, -1, dtype=grad.dtype))
+                gradient_RV.mul_(grad[places][rows][:, None] / temperature)
+                logits_CV[rows] = _through_softcap(gradient_RV, z_RV, softcap)
+            if grad_hidden is not None:
+                grad_hidden[places] = logits_CV @ student
+            if of_weight:
+                single = len(logits_CV) == len(hidden)
+                grad_weight = _add_product(grad_weight, logits_CV, operand[places], weight.dtype, single)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), *[None] * 4
+
+
+def _chunks_of_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
+    """The weight in the type of the products, a chunk's logits before the softcap, and which rows they are of."""
+    student, operand = weight.detach().to(dtype), hidden.detach().to(dtype)
+    rows = _chunk_size(student, size)
+    buffer = student.new_empty((min(rows, len(hidden)), len(student)))
+    for chunk in _slices(len(hidden), rows):
+        yield student, torch.mm(operand[chunk], student.T, out=buffer[: chunk.stop - chunk.start]), chunk
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -209,20 +273,20 @@ def _sums_and_gradients(
     wanted: tuple[bool, bool],
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
     """The three sums, and the gradients of the first with respect to hidden states and weight, where wanted."""
-    student, operand = weight.detach().to(dtype), hidden.detach().to(dtype)
+    operand = hidden.detach().to(dtype)
     teacher = target.weight.detach() if isinstance(target, TeacherTarget) else None
-    size = _chunk_size(student, CHUNK_BYTES if wanted[1] else CHUNK_BYTES // 4)
+    size = CHUNK_BYTES if wanted[1] else CHUNK_BYTES // 4
     wide = torch.promote_types(torch.float32, hidden.dtype)
     sums = torch.zeros(3, dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
     grad_weight = torch.zeros_like(weight) if wanted[1] and not len(hidden) else None
-    buffer = student.new_empty((min(size, len(hidden)), len(student)))
-    taught_buffer = None if teacher is None else torch.empty_like(buffer, dtype=teacher.dtype)
-    for chunk in _slices(len(hidden), size):
-        logits_CV = torch.mm(operand[chunk], student.T, out=buffer[: chunk.stop - chunk.start])
+    taught_buffer: torch.Tensor | None = None
+    for student, logits_CV, chunk in _chunks_of_logits(hidden, weight, dtype, size):
         taught_CV = None
         if isinstance(target, TeacherTarget):
-            assert teacher is not None and taught_buffer is not None
+            assert teacher is not None
+            if taught_buffer is None:
+                taught_buffer = torch.empty_like(logits_CV, dtype=teacher.dtype)
             states = target.hidden[chunk].to(teacher.dtype)
             taught_CV = torch.mm(states, teacher.T, out=taught_buffer[: len(states)])
         for rows in _tiles(logits_CV):
@@ -233,7 +297,8 @@ def _sums_and_gradients(
         if grad_hidden is not None:
             grad_hidden[chunk] = logits_CV @ student
         if wanted[1]:
-            grad_weight = _add_product(grad_weight, logits_CV, operand[chunk], weight.dtype, len(hidden) <= size)
+            single = len(logits_CV) == len(hidden)
+            grad_weight = _add_product(grad_weight, logits_CV, operand[chunk], weight.dtype, single)
     return sums, (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
 
 
@@ -283,10 +348,7 @@ def _losses_to_gradients(tile: _Tile, softcap: float | None, target: Target | No
         if target is not None:
             gradient_RV.scatter_add_(1, ids, weights * -share)
         gradient_RV.scatter_add_(1, places, torch.full_like(places, share - 1, dtype=gradient_RV.dtype))
-    if softcap is not None:
-        # The slope of the softcap: 1 - tanh(x)^2.
-        gradient_RV.mul_(z_RV.div_(softcap).square_().neg_().add_(1))
-    tile.logits_RV.copy_(gradient_RV)
+    tile.logits_RV.copy_(_through_softcap(gradient_RV, z_RV, softcap))
     return torch.stack([share * soft + (1 - share) * hard, hard, soft])
 
 
@@ -314,6 +376,14 @@ def _divergence(log_p_RV: torch.Tensor, log_q_RV: torch.Tensor, kind: Divergence
 def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """In place."""
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def _through_softcap(gradient: torch.Tensor, capped: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """The gradient before the softcap from that after it; overwrites both."""
+    if softcap is None:
+        return gradient
+    # The slope of the softcap: 1 - tanh(x)^2.
+    return gradient.mul_(capped.div_(softcap).square_().neg_().add_(1))
 
 
 def _add_product(

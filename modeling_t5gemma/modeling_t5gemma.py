@@ -142,7 +142,7 @@ class T5GemmaLMOutput(Seq2SeqLMOutput):
     """Attributes:
     logits: (B, T, V), or None where a loss was computed without them.
     cross_entropy, distillation: what a loss computed without logits consists of, scalars without a graph.
-    token_losses: float32 (B, T), each label's cross-entropy in nats, 0 where ignored, without a graph.
+    token_losses: float32 (B, T), each label's cross-entropy in nats, 0 where ignored.
     """
 
     cross_entropy: torch.Tensor | None = None
@@ -198,6 +198,7 @@ class T5GemmaForConditionalGeneration(T5GemmaPreTrainedModel, GenerationMixin):
         target: Target | None = None,
         return_logits: bool | None = None,
         return_token_losses: bool = False,
+        temperature: float = 1.0,
         **kwargs: Any,
     ) -> T5GemmaLMOutput:
         """Logits, and the loss when labels are given.
@@ -212,6 +213,7 @@ class T5GemmaForConditionalGeneration(T5GemmaPreTrainedModel, GenerationMixin):
             target: what a teacher thinks of the labels, to distil from.
             return_logits: whether to return logits; by default unless labels are given in training mode.
             return_token_losses: return each label's loss, and neither logits nor their mean.
+            temperature: divides the logits of token losses.
             others: as in ``T5GemmaModel``.
 
         Raises:
@@ -256,8 +258,7 @@ class T5GemmaForConditionalGeneration(T5GemmaPreTrainedModel, GenerationMixin):
         if head is None:
             results["loss"] = cross_entropy(results["logits"], labels, num_items_in_batch)
         elif return_token_losses:
-            losses = token_losses(hidden.flatten(0, 1), head, labels.flatten(), self.lm_head.softcap)
-            results["token_losses"] = losses.view_as(labels)
+            results["token_losses"] = token_losses(hidden, head, labels, self.lm_head.softcap, temperature)
         elif "logits" not in results or target is not None:
             loss = linear_loss(
                 hidden,

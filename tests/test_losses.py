@@ -167,13 +167,31 @@ def test_a_frozen_head_has_no_gradient_and_costs_no_product(monkeypatch):
     assert arguments["hidden"].grad is not None
 
 
-def test_token_losses():
-    arguments = numbers(softcap=2.0)
-    found = token_losses(**arguments)
-    logits = cap(arguments["hidden"] @ arguments["weight"].T, 2.0)
-    expected = F.cross_entropy(logits, arguments["labels"], reduction="none")
-    torch.testing.assert_close(found, expected.float())
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_token_losses(softcap, temperature):
+    arguments = numbers(softcap=softcap)
+    found = token_losses(**arguments, temperature=temperature)
+    logits = cap(arguments["hidden"] @ arguments["weight"].T, softcap) / temperature
+    expected = F.cross_entropy(logits, arguments["labels"], reduction="none", ignore_index=IGNORED)
+    torch.testing.assert_close(found, expected)
     assert found[0] == 0
+    # What is made of them need not be a mean: a product has another gradient at every label.
+    for losses in (found, expected):
+        arguments["hidden"].grad = arguments["weight"].grad = None
+        (losses * torch.arange(TOKENS)).square().sum().backward()
+        gradients = arguments["hidden"].grad, arguments["weight"].grad
+        if losses is found:
+            ours = gradients
+    for mine, dense in zip(ours, gradients):
+        torch.testing.assert_close(mine, dense)
+
+
+def test_token_losses_without_labels_have_a_graph():
+    arguments = numbers()
+    arguments["labels"].fill_(IGNORED)
+    token_losses(**arguments).sum().backward()
+    assert not arguments["weight"].grad.any() and not arguments["hidden"].grad.any()
 
 
 def test_nothing_to_learn_is_zero_with_a_graph():

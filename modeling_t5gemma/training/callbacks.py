@@ -1,9 +1,7 @@
-"""What happens beside the steps: checkpoints are completed, a signal ends a run in order, curves are drawn."""
+"""What happens beside the steps: checkpoints are completed, a signal ends a run in order, progress is shown."""
 
 from __future__ import annotations
 
-import json
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -75,9 +73,14 @@ class EndOnSignal(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """A bar with the loss and the rate, and a line for each evaluation."""
+    """A bar with the loss and the rate, and a line for each evaluation.
 
-    def __init__(self) -> None:
+    Args:
+        told: that line, from the evaluation's metrics; None for nothing to say.
+    """
+
+    def __init__(self, told: Callable[[dict[str, float]], str | None]) -> None:
+        self.told = told
         self.bar: Any = None
 
     def on_train_begin(
@@ -104,84 +107,11 @@ class Progress(TrainerCallback):
             return
         if "loss" in logs:
             self.bar.set_postfix_str(f"loss {logs['loss']:.4f}, {logs.get('tokens_per_second', 0):.0f} tokens/s")
-        if "eval_loss" in logs and not args.disable_tqdm:
-            use, error = logs["eval_encoder_use"], logs["eval_encoder_use_error"]
-            teacher = f", the teacher's {logs['eval_teacher']:.3f}" if "eval_teacher" in logs else ""
-            tqdm.write(
-                f"step {state.global_step}: held-out loss {logs['eval_loss']:.3f}{teacher}, encoder use {use:.3f} ± "
-                f"{error:.3f}"
-            )
+        if any(name.startswith("eval_") for name in logs) and not args.disable_tqdm:
+            line = self.told(logs)
+            if line is not None:
+                tqdm.write(f"step {state.global_step}: {line}")
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
-
-
-class Curves(TrainerCallback):
-    """``summary.json`` and, where matplotlib is installed, ``curves.png`` in the output folder at every evaluation.
-
-    Args:
-        summary: facts of the run that stand at the summary's top.
-    """
-
-    def __init__(self, summary: Callable[[], dict[str, Any]]) -> None:
-        self.summary = summary
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._write(args, state)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        self._write(args, state)
-
-    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
-        if not state.is_world_process_zero:
-            return
-        output = Path(args.output_dir)
-        content = {**self.summary(), "step": state.global_step, "log": state.log_history}
-        _replace(output / "summary.json", lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
-        _replace(output / "curves.png", lambda path: _draw(path, state.log_history, self.summary()))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}")
-    write(partial)
-    if partial.exists():
-        os.replace(partial, path)
-
-
-def _draw(path: Path, history: list[dict[str, Any]], summary: dict[str, Any]) -> None:
-    """The training loss, and where it was measured the held-out loss and the encoder's use, beside the teacher's."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        return
-    measured = [entry for entry in history if "eval_loss" in entry]
-    figure = Figure(figsize=(12 if measured else 4.5, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 3 if measured else 1, squeeze=False)[0]
-    titles = ["training loss", "held-out loss, nats a token", "encoder use: what the right source is worth"]
-    for axes, title in zip(panels, titles, strict=False):
-        axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    panels[0].plot([step for step, _ in losses], [loss for _, loss in losses])
-    if measured:
-        _draw_measured(panels[1], panels[2], measured, summary.get("teacher"))
-    figure.savefig(path, dpi=120, format="png")
-
-
-def _draw_measured(loss: Any, use: Any, measured: list[dict[str, Any]], teacher: dict[str, Any] | None) -> None:
-    steps = [entry["step"] for entry in measured]
-    loss.plot(steps, [entry["eval_loss"] for entry in measured], "o-", label="right source")
-    loss.plot(steps, [entry["eval_loss_wrong"] for entry in measured], "o--", label="another's source")
-    values, errors = ([entry[f"eval_encoder_use{end}"] for entry in measured] for end in ("", "_error"))
-    use.errorbar(steps, values, errors, fmt="o-", capsize=3)
-    if teacher is not None:
-        loss.axhline(teacher["right"]["mean"], color="black", linewidth=1, label="the teacher")
-        loss.axhline(teacher["without"]["mean"], color="black", linestyle=":", label="the teacher, no source")
-        use.axhline(teacher["use"]["mean"], color="black", linewidth=1)
-    loss.legend()

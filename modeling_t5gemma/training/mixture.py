@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -70,16 +69,6 @@ class Sample:
     continues: bool
     where: str
     taught: npt.NDArray[np.uint32] | None = None
-
-
-class Blocks(Protocol):
-    """Blocks of samples."""
-
-    def block(self, number: int) -> list[Sample]:
-        """The samples number * block and following, the same at every call."""
-
-    def fraction(self, number: int) -> float:
-        """Share of the run that is done before this block."""
 
 
 class Samples:

@@ -7,18 +7,32 @@ borders of blocks, and each rank takes its part. Where a run stands is the numbe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError
-from .mixture import Blocks, Sample
 from .packing import pack
 from .permutation import Permutation
 
 _ROW_BITS = 20
+
+
+class Located(Protocol):
+    """A sample: whatever the collator understands, with a name. Packing asks for ``source`` and ``target`` too."""
+
+    @property
+    def where(self) -> str: ...
+
+
+class Blocks(Protocol):
+    """Blocks of samples, each a function of its number."""
+
+    def block(self, number: int) -> Sequence[Located]:
+        """The samples number * block and following, the same at every call."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +44,7 @@ class RowBatch:
         position: of the first row after the global batch: where to go on. The same on every rank.
     """
 
-    rows: list[list[Sample]]
+    rows: list[list[Any]]
     position: int
 
 
@@ -80,10 +94,10 @@ class Rows:
             batch = list(itertools.islice(rows, size))
             yield RowBatch([row for row, _ in batch[first : first + self.rows_per_batch]], batch[-1][1])
 
-    def _rows(self) -> Iterator[tuple[list[Sample], int]]:
+    def _rows(self) -> Iterator[tuple[list[Any], int]]:
         """Every row from the position on, and the position after it."""
         block, skip = divmod(self.position, 1 << _ROW_BITS)
-        loader: DataLoader[list[list[Sample]] | UserError] = DataLoader(
+        loader: DataLoader[list[list[Any]] | UserError] = DataLoader(
             self._blocks,
             batch_size=None,
             sampler=_From(block),
@@ -103,15 +117,15 @@ class Rows:
             skip = 0
 
 
-class _BlocksOfRows(Dataset[list[list[Sample]] | UserError]):
+class _BlocksOfRows(Dataset[list[list[Any]] | UserError]):
     """Blocks by number, as rows. An error is returned: torch would wrap a traceback of the worker around its text."""
 
     def __init__(self, samples: Blocks, capacity: tuple[int, int] | None, before_source: int) -> None:
         self.samples, self.capacity, self.before_source = samples, capacity, before_source
 
-    def __getitem__(self, number: int) -> list[list[Sample]] | UserError:
+    def __getitem__(self, number: int) -> list[list[Any]] | UserError:
         try:
-            samples = self.samples.block(number)
+            samples: Sequence[Any] = self.samples.block(number)
             if self.capacity is None:
                 return [[sample] for sample in samples]
             sizes = [(self.before_source + len(sample.source), len(sample.target)) for sample in samples]
@@ -134,5 +148,5 @@ class _From(Sampler[int]):
         return itertools.count(self.first)
 
 
-def _unchanged(rows: list[list[Sample]] | UserError) -> list[list[Sample]] | UserError:
+def _unchanged(rows: list[list[Any]] | UserError) -> list[list[Any]] | UserError:
     return rows

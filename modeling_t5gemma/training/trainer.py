@@ -2,41 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProgressCallback,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
-    get_scheduler,
-)
+from transformers import PreTrainedModel, Seq2SeqTrainingArguments, get_scheduler
 
 from ..collators import Layout, Pair, collate, collate_for_teacher
 from ..errors import UserError
-from ..losses import IGNORED, SampledTarget, Target
-from .callbacks import CompleteCheckpoints, Curves, EndOnSignal, Progress
-from .checkpoints import find, read_state
+from ..losses import SampledTarget, Target
+from .curves import Panel
 from .evaluation import HeldOutLoss, evaluate_student, evaluate_teacher
-from .meter import Meter
 from .mixture import Sample
 from .parts import Part, freeze, groups, parameters_of
+from .resumable import Batches, ResumableTrainer
 from .rows import Rows
 from .teacher import Teacher, shard
-
-
-class NonFiniteLoss(UserError):
-    """A loss became infinite or not a number."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +43,11 @@ class Recipe:
     joining: int = 100
 
 
-class AdaptationTrainer(Seq2SeqTrainer):
+class AdaptationTrainer(ResumableTrainer):
     """Trains on rows of examples, a teacher's hidden states beside them, and measures whether the encoder is used.
 
-    A run that is killed goes on from its last complete checkpoint and, on one machine, ends with the bits of one that
-    was not: the order of the data is a function of one integer, which every checkpoint holds.
-
     Args:
-        model: the encoder-decoder.
+        model: the encoder-decoder, or a PEFT model around it.
         args: the Trainer's; ``max_steps`` has to be set, as rows don't end.
         rows: the training rows of this rank from a position on; see ``Rows``.
         layout: how examples become inputs.
@@ -81,10 +63,6 @@ class AdaptationTrainer(Seq2SeqTrainer):
     Raises:
         UserError: arguments that don't fit each other.
     """
-
-    optimizer: Any
-    lr_scheduler: Any
-    control: Any
 
     def __init__(
         self,
@@ -106,15 +84,15 @@ class AdaptationTrainer(Seq2SeqTrainer):
         freeze(model, self.recipe.frozen)
         if teacher is not None:
             teacher.check_vocabulary(model)
-        args.ignore_data_skip = True
-        args.logging_nan_inf_filter = False
-        args.remove_unused_columns = False
-        keep, args.save_total_limit = args.save_total_limit, None
+        taught: Taught = None if cached is None else "cache"
+        collator = _Collator(layout, capacity, "model" if teacher is not None else taught)
         super().__init__(
             model,
             args,
-            train_dataset=torch.utils.data.Dataset(),
+            batches=lambda position: Batches(rows(position), collator),
             eval_dataset=list(held_out) or None,
+            teacher=None if teacher is None else teacher.model,
+            describe=describe,
             processing_class=processing_class,
         )
         self.teacher = teacher
@@ -123,74 +101,19 @@ class AdaptationTrainer(Seq2SeqTrainer):
             if self.is_fsdp_enabled:
                 shard(teacher)
         self._cached = cached
-        self.describe = describe or {}
+        self._layout = layout
         self.teacher_result: HeldOutLoss | None = None
-        self._rows, self._layout, self._capacity = rows, layout, capacity
-        self._position = 0
-        self._where: list[str] = []
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
-        self._meter = Meter(model, None if teacher is None else teacher.model, dtype)
-        self._parts: dict[str, torch.Tensor] = {}
-        self.signals = EndOnSignal(self._any_rank)
-        for theirs in (PrinterCallback, ProgressCallback):
-            self.remove_callback(theirs)
-        for callback in (
-            Progress(),
-            CompleteCheckpoints(keep, self.accelerator.wait_for_everyone, lambda: {"position": self._position}),
-            self.signals,
-            Curves(self._summary),
-        ):
-            self.add_callback(callback)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As the Trainer's; True goes on from the last complete checkpoint, if there is one.
-
-        Raises:
-            UserError: the named checkpoint is not complete.
-            NonFiniteLoss: with the step, the examples and the last good checkpoint.
-        """
-        if resume_from_checkpoint is True:
-            last = find(Path(self.args.output_dir)).last
-            resume_from_checkpoint = None if last is None else str(last)
-        if resume_from_checkpoint:
-            self._position = int(read_state(Path(resume_from_checkpoint))["position"])
-        try:
-            return super().train(resume_from_checkpoint or None, **kwargs)
-        finally:
-            self.signals.release()
-
-    # Data
-
-    def get_train_dataloader(self) -> Any:
-        taught: Literal["model", "cache"] | None = "cache" if self._cached is not None else None
-        if self.teacher is not None:
-            taught = "model"
-        return _Batches(self._rows(self._position), self._layout, self._capacity, taught)
-
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
-    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
-        """The micro-batches of a step, and how many labels they have on all ranks; the Trainer would leave out every
-        row's first label, as for decoder-only models."""
-        batches = list(itertools.islice(epoch_iterator, num_batches))
-        count = sum((batch["labels"] != IGNORED).sum() for batch in batches)
-        total = self.accelerator.reduce(torch.as_tensor(count, device=device), reduction="sum")
-        return batches, torch.as_tensor(total)
 
     # Steps
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        position, self._where = inputs.pop("position"), inputs.pop("where")
-        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if self._any_rank(not bool(torch.isfinite(loss))):
-            self._stop_for(loss)
-        if self._alone():
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.state.global_step < self.recipe.alone:
             # They are not trained yet: no part in the clipping of the norm, no state in the optimizer.
             for parameter in parameters_of(model, ("embeddings", "encoder", "decoder")):
                 parameter.grad = None
-        self._position = position
         return loss
 
     def compute_loss(
@@ -211,30 +134,13 @@ class AdaptationTrainer(Seq2SeqTrainer):
                 taught, torch.full_like(taught, 1 / taught.shape[1], dtype=torch.float32), self._cached
             )
         outputs = model(**inputs, target=target, use_cache=False, num_items_in_batch=num_items_in_batch)
-        self._meter.add(*tokens)
+        self.meter.add(*tokens)
         for name in ("cross_entropy", "distillation"):
             if (part := getattr(outputs, name)) is not None:
-                self._parts[name] = self._parts.get(name, 0) + part
+                self.add_part(name, part)
         # Ranks average their gradients, and each holds its part of one sum.
         loss = outputs.loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
-
-    def _alone(self) -> bool:
-        return self.state.global_step < self.recipe.alone
-
-    def _any_rank(self, flag: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return flag
-        total = self.accelerator.reduce(torch.tensor(int(flag), device=self.args.device), reduction="sum")
-        return bool(torch.as_tensor(total) > 0)
-
-    def _stop_for(self, loss: torch.Tensor) -> None:
-        last = find(Path(self.args.output_dir)).last
-        raise NonFiniteLoss(
-            f"The loss of step {self.state.global_step + 1} is {loss.item()} on the examples "
-            f"{', '.join(self._where[:16])}. The last good checkpoint: {last or 'none yet'}. Look at these examples; "
-            "lower the learning rate or raise the warm-up before going on from there."
-        )
 
     # Optimizer
 
@@ -309,52 +215,64 @@ class AdaptationTrainer(Seq2SeqTrainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs and self._parts:
-            steps = max(1, self.state.global_step - self._last_logged())
-            for name, value in self._parts.items():
-                logs[name] = float(torch.as_tensor(self.accelerator.reduce(value, reduction="sum"))) / steps
-            self._parts = {}
-            logs |= self._meter.read(self.accelerator.num_processes)
-            if self.recipe.alone:
-                logs["cross_attention_alone"] = float(self.state.global_step <= self.recipe.alone)
+        if "loss" in logs and self.recipe.alone:
+            logs["cross_attention_alone"] = float(self.state.global_step <= self.recipe.alone)
         super().log(logs, start_time)
 
-    def _last_logged(self) -> int:
-        return max((int(entry["step"]) for entry in self.state.log_history if "loss" in entry), default=0)
+    def told(self, metrics: dict[str, float]) -> str | None:
+        if "eval_encoder_use" not in metrics:
+            return super().told(metrics)
+        teacher = f", the teacher's {metrics['eval_teacher']:.3f}" if "eval_teacher" in metrics else ""
+        use, error = metrics["eval_encoder_use"], metrics["eval_encoder_use_error"]
+        return f"held-out loss {metrics['eval_loss']:.3f}{teacher}, encoder use {use:.3f} ± {error:.3f}"
 
-    def _summary(self) -> dict[str, Any]:
+    def panels(self) -> list[Panel]:
+        of_loss: dict[str, float] = {}
+        of_use: dict[str, float] = {}
+        if self.teacher_result is not None:
+            assert self.teacher_result.without is not None
+            of_loss["the teacher"] = self.teacher_result.right.mean
+            of_loss["the teacher, no source"] = self.teacher_result.without.mean
+            of_use["the teacher"] = self.teacher_result.use.mean
+        return [
+            Panel("training loss", {"training": "loss"}),
+            Panel(
+                "held-out loss, nats a token",
+                {"right source": "eval_loss", "another's source": "eval_loss_wrong"},
+                of_loss,
+            ),
+            Panel("encoder use: what the right source is worth", {"this model": "eval_encoder_use"}, of_use),
+        ]
+
+    def summary(self) -> dict[str, Any]:
         teacher = None if self.teacher_result is None else self.teacher_result.as_dict()
-        return {**self.describe, "position": self._position, "teacher": teacher}
+        return {**super().summary(), "teacher": teacher}
 
 
-class _Batches:
-    """What the Trainer iterates over: a dictionary of tensors a micro-batch. It has no length, as rows don't end."""
+Taught = Literal["model", "cache"] | None
 
-    def __init__(
-        self, rows: Rows, layout: Layout, capacity: tuple[int, int] | None, taught: Literal["model", "cache"] | None
-    ) -> None:
-        self.rows, self.layout, self.capacity, self.taught = rows, layout, capacity, taught
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.rows:
-            samples = [sample for row in batch.rows for sample in row]
-            made = collate(batch.rows, self.layout, self.capacity)
-            source, target = (sum(len(getattr(s, side)) for s in samples) for side in ("source", "target"))
-            made |= {
-                "position": batch.position,
-                "where": [sample.where for sample in samples],
-                "tokens": [source, target, source + target if self.taught == "model" else 0],
-            }
-            if self.taught and (unteachable := next((s for s in samples if not s.continues), None)):
-                raise UserError(
-                    f"Example {unteachable.where} was corrupted, and a decoder-only teacher cannot teach it: it "
-                    "reads text from left to right. Distil with prefix_lm, or train on it without a teacher."
-                )
-            if self.taught == "model":
-                made["teacher"] = collate_for_teacher(batch.rows, self.layout, packed=self.capacity is not None)
-            elif self.taught == "cache":
-                made["teacher"] = torch.from_numpy(np.concatenate([_taught(s) for s in samples]).astype(np.int64))
-            yield made
+class _Collator:
+    """Rows of samples to the tensors of a step."""
+
+    def __init__(self, layout: Layout, capacity: tuple[int, int] | None, taught: Taught) -> None:
+        self.layout, self.capacity, self.taught = layout, capacity, taught
+
+    def __call__(self, rows: Sequence[Sequence[Sample]]) -> dict[str, Any]:
+        samples = [sample for row in rows for sample in row]
+        made = collate(rows, self.layout, self.capacity)
+        source, target = (sum(len(getattr(s, side)) for s in samples) for side in ("source", "target"))
+        made["tokens"] = [source, target, source + target if self.taught == "model" else 0]
+        if self.taught and (unteachable := next((s for s in samples if not s.continues), None)):
+            raise UserError(
+                f"Example {unteachable.where} was corrupted, and a decoder-only teacher cannot teach it: it reads "
+                "text from left to right. Distil with prefix_lm, or train on it without a teacher."
+            )
+        if self.taught == "model":
+            made["teacher"] = collate_for_teacher(rows, self.layout, packed=self.capacity is not None)
+        elif self.taught == "cache":
+            made["teacher"] = torch.from_numpy(np.concatenate([_taught(s) for s in samples]).astype(np.int64))
+        return made
 
 
 def _taught(sample: Sample) -> npt.NDArray[np.uint32]:
@@ -380,8 +298,6 @@ def _shape(args: Seq2SeqTrainingArguments, steps: int) -> Callable[[int], float]
 
 
 def _check(args: Seq2SeqTrainingArguments, recipe: Recipe, model: PreTrainedModel, held_out: Sequence[Pair]) -> None:
-    if args.max_steps <= 0:
-        raise UserError(f"max_steps is {args.max_steps}: rows of text don't end, so say after how many steps to stop.")
     if args.eval_strategy != "no" and len(held_out) < 2:
         raise UserError(f"eval_strategy={args.eval_strategy} needs at least two held-out examples; there are none.")
     if recipe.alone and model.config.decoder.cross_attention_type != "separate":
@@ -391,9 +307,3 @@ def _check(args: Seq2SeqTrainingArguments, recipe: Recipe, model: PreTrainedMode
         )
     if recipe.alone and args.deepspeed:
         raise UserError("DeepSpeed keeps gradients to itself, so cross-attention cannot be trained alone: take FSDP.")
-    if args.use_liger_kernel or args.label_smoothing_factor or args.neftune_noise_alpha or args.load_best_model_at_end:
-        raise UserError(
-            "use_liger_kernel, label_smoothing_factor, neftune_noise_alpha and load_best_model_at_end have no meaning "
-            "here: leave them out."
-        )
-    assert math.isfinite(args.learning_rate)

@@ -19,9 +19,10 @@ from modeling_t5gemma.training.checkpoints import COMPLETE_FILE, find
 from modeling_t5gemma.training.documents import MemoryDocuments, Pieces
 from modeling_t5gemma.training.held_out import Remaining
 from modeling_t5gemma.training.mixture import Samples, Source
+from modeling_t5gemma.training.resumable import NonFiniteLoss
 from modeling_t5gemma.training.rows import Rows
 from modeling_t5gemma.training.teacher import Distillation, Teacher
-from modeling_t5gemma.training.trainer import AdaptationTrainer, NonFiniteLoss, Recipe
+from modeling_t5gemma.training.trainer import AdaptationTrainer, Recipe
 from tests import tiny
 
 PREFIX = Schedule(((1.0, PrefixLM()),))
@@ -216,7 +217,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trainer, "save_model", full)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match=r"No room .* step 4.*checkpoint-2"):
         trainer.train()
     assert find(tmp_path).last.name == "checkpoint-2"
     again = make(tmp_path, steps=4)

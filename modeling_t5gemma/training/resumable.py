@@ -1,0 +1,237 @@
+"""What all training here has in common: a run that is killed goes on where it was, to the bit.
+
+The order of the data is a function of one integer, which every complete checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
+
+from ..errors import UserError
+from ..losses import IGNORED
+from .callbacks import CompleteCheckpoints, EndOnSignal, Progress
+from .checkpoints import find, read_state
+from .curves import Curves, Panel
+from .meter import Meter
+from .rows import Rows
+
+
+class NonFiniteLoss(UserError):
+    """A loss became infinite or not a number."""
+
+
+class Batches:
+    """What a trainer iterates over: a dictionary a micro-batch. It has no length, as rows don't end.
+
+    Args:
+        rows: the rows of this rank.
+        collate: makes the tensors of a batch from its rows of samples. ``position`` (int), ``where`` (a name for each
+            sample) and ``samples`` are put beside them.
+    """
+
+    def __init__(self, rows: Rows, collate: Callable[[Sequence[Sequence[Any]]], dict[str, Any]]) -> None:
+        self.rows, self.collate = rows, collate
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self.rows:
+            where = [sample.where for row in batch.rows for sample in row]
+            yield {**self.collate(batch.rows), "position": batch.position, "where": where}
+
+
+class ResumableTrainer(Seq2SeqTrainer):
+    """transformers' trainer on rows of data that go on from an integer.
+
+    A subclass defines ``compute_loss``, which gets a batch of ``batches`` without position and where.
+
+    Args:
+        model: what is trained.
+        args: the Trainer's; ``max_steps`` has to be set, as rows don't end.
+        batches: the batches of this rank from a position on.
+        eval_dataset: what ``evaluate`` measures on.
+        teacher: a second model that a step runs forward, for counting operations.
+        describe: facts for ``summary.json``.
+        processing_class: the tokenizer, saved beside every checkpoint.
+
+    Raises:
+        UserError: arguments that have no meaning here.
+    """
+
+    optimizer: Any
+    lr_scheduler: Any
+    control: Any
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: Seq2SeqTrainingArguments,
+        *,
+        batches: Callable[[int], Iterable[dict[str, Any]]],
+        eval_dataset: Any = None,
+        teacher: PreTrainedModel | None = None,
+        describe: dict[str, Any] | None = None,
+        processing_class: Any = None,
+    ) -> None:
+        _check(args)
+        args.ignore_data_skip = True
+        args.logging_nan_inf_filter = False
+        args.remove_unused_columns = False
+        keep, args.save_total_limit = args.save_total_limit, None
+        super().__init__(
+            model,
+            args,
+            train_dataset=torch.utils.data.Dataset(),
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+        )
+        self.describe = describe or {}
+        self._batches = batches
+        self._position = 0
+        self._where: list[str] = []
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+        self.meter = Meter(model, teacher, dtype)
+        self._parts: dict[str, torch.Tensor] = {}
+        self.signals = EndOnSignal(self._any_rank)
+        for theirs in (PrinterCallback, ProgressCallback):
+            self.remove_callback(theirs)
+        for callback in (
+            Progress(self.told),
+            CompleteCheckpoints(keep, self.accelerator.wait_for_everyone, lambda: {"position": self._position}),
+            self.signals,
+            Curves(self.summary, self.panels),
+        ):
+            self.add_callback(callback)
+
+    # For subclasses
+
+    def items(self, batch: dict[str, Any]) -> int:
+        """What a micro-batch counts for in the mean over a step: its labels."""
+        return int((batch["labels"] != IGNORED).sum())
+
+    def add_part(self, name: str, value: torch.Tensor) -> None:
+        """Log a part of the loss or a number beside it.
+
+        Args:
+            value: this micro-batch's share of the step's mean, without a graph. Shares are summed over the
+                micro-batches and ranks of a step, and steps averaged.
+        """
+        self._parts[name] = self._parts.get(name, 0) + value
+
+    def told(self, metrics: dict[str, float]) -> str | None:
+        """A line about an evaluation, for the screen."""
+        return f"held-out loss {metrics['eval_loss']:.3f}" if "eval_loss" in metrics else None
+
+    def panels(self) -> list[Panel]:
+        """What ``curves.png`` shows."""
+        return [Panel("training loss", {"training": "loss"}), Panel("held-out loss", {"held out": "eval_loss"})]
+
+    def summary(self) -> dict[str, Any]:
+        """What ``summary.json`` says at its top."""
+        return {**self.describe, "position": self._position}
+
+    # The Trainer's
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As the Trainer's; True goes on from the last complete checkpoint, if there is one.
+
+        Raises:
+            UserError: the named checkpoint is not complete, or there is no room for a new one.
+            NonFiniteLoss: with the step, the samples and the last good checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            last = self._last()
+            resume_from_checkpoint = None if last is None else str(last)
+        if resume_from_checkpoint:
+            self._position = int(read_state(Path(resume_from_checkpoint))["position"])
+        try:
+            return super().train(resume_from_checkpoint or None, **kwargs)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if not _is_full(error):
+                raise
+            raise UserError(
+                f"No room is left in {self.args.output_dir} for the checkpoint of step {self.state.global_step}. The "
+                f"last complete one: {self._last() or 'none yet'}. Make room, and the same command goes on from it."
+            ) from error
+        finally:
+            self.signals.release()
+
+    def get_train_dataloader(self) -> Any:
+        return self._batches(self._position)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        """The micro-batches of a step, and how many items they have on all ranks; the Trainer would leave out every
+        row's first label, as for decoder-only models."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        count = torch.tensor(sum(self.items(batch) for batch in batches), device=device)
+        return batches, torch.as_tensor(self.accelerator.reduce(count, reduction="sum"))
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        position, self._where = inputs.pop("position"), inputs.pop("where")
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self._any_rank(not bool(torch.isfinite(loss))):
+            self._stop_for(loss)
+        self._position = position
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self._parts:
+            steps = max(1, self.state.global_step - self._last_logged())
+            for name, value in self._parts.items():
+                logs[name] = float(torch.as_tensor(self.accelerator.reduce(value, reduction="sum"))) / steps
+            self._parts = {}
+        if "loss" in logs:
+            logs |= self.meter.read(self.accelerator.num_processes)
+        super().log(logs, start_time)
+
+    def _any_rank(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
+        total = self.accelerator.reduce(torch.tensor(int(flag), device=self.args.device), reduction="sum")
+        return bool(torch.as_tensor(total) > 0)
+
+    def _stop_for(self, loss: torch.Tensor) -> None:
+        raise NonFiniteLoss(
+            f"The loss of step {self.state.global_step + 1} is {loss.item()} on the examples "
+            f"{', '.join(self._where[:16])}. The last good checkpoint: {self._last() or 'none yet'}. Look at these "
+            "examples; lower the learning rate or raise the warm-up before going on from there."
+        )
+
+    def _last(self) -> Path | None:
+        return find(Path(self.args.output_dir)).last
+
+    def _last_logged(self) -> int:
+        return max((int(entry["step"]) for entry in self.state.log_history if "loss" in entry), default=0)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether saving failed for want of room; the libraries below say so each in its way."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return "No space left" in str(error) or "PytorchStreamWriter failed" in str(error)
+
+
+def _check(args: Seq2SeqTrainingArguments) -> None:
+    if args.max_steps <= 0:
+        raise UserError(f"max_steps is {args.max_steps}: rows don't end, so say after how many steps to stop.")
+    if args.use_liger_kernel or args.label_smoothing_factor or args.neftune_noise_alpha or args.load_best_model_at_end:
+        raise UserError(
+            "use_liger_kernel, label_smoothing_factor, neftune_noise_alpha and load_best_model_at_end have no meaning "
+            "here: leave them out."
+        )
