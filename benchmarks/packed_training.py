@@ -39,7 +39,11 @@ def batches(examples: int, packed: bool) -> list[dict[str, Any]]:
         return [collate([[pair] for pair in group], layout, None) for group in groups]
     rows = pack(np.array([(len(pair.source), len(pair.target)) for pair in pairs]), CAPACITY)
     filled = [[pairs[number] for number in row] for row in rows]
-    return [collate(filled[begin : begin + 4], layout, CAPACITY) for begin in range(0, len(filled), 4)]
+    rows_per_batch = BATCH // 2  # about as many tokens as a padded batch has slots
+    return [
+        collate(filled[begin : begin + rows_per_batch], layout, CAPACITY)
+        for begin in range(0, len(filled), rows_per_batch)
+    ]
 
 
 def passes(model: torch.nn.Module, made: list[dict[str, Any]], labels: int) -> float:

@@ -12,6 +12,7 @@ that stay in cache, K samples of a teacher's distribution.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,9 +25,10 @@ IGNORED = -100
 
 Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon"]
 
-# The logits of a chunk take this much memory where the head has a gradient, whose sum over chunks is read and written
-# again for each; otherwise a quarter, as fresh memory costs time too.
-CHUNK_BYTES = 2**29
+# The logits of a chunk take at most this much memory where the head has a gradient, whose sum over chunks is read and
+# written again for each; otherwise a quarter, as fresh memory costs time too. In half precision a third more, as that
+# sum is kept in float32 and takes memory where one chunk needs none.
+CHUNK_BYTES = 3 * 2**27
 # The element-wise passes go over so many logits at a time: on a CPU such that they stay in its cache, on an
 # accelerator such that there are few of them.
 TILE_ELEMENTS, ACCELERATOR_TILE_ELEMENTS = 2**18, 2**26
@@ -190,7 +192,7 @@ class _TokenLosses(torch.autograd.Function):
         ctx.rest = softcap, temperature, dtype
         wide = torch.promote_types(torch.float32, hidden.dtype)
         losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        for _, logits_CV, places in _chunks_of_logits(hidden, weight, dtype, CHUNK_BYTES // 4):
+        for _, logits_CV, places in _chunks_of_logits(hidden, weight, dtype, head_gradient=False):
             for rows in _tiles(logits_CV):
                 z_RV = _capped(logits_CV[rows].to(wide, copy=True), softcap).div_(temperature)
                 own = labels[places][rows]
@@ -205,9 +207,8 @@ class _TokenLosses(torch.autograd.Function):
         of_hidden, of_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if of_hidden else None
         grad_weight = torch.zeros_like(weight) if of_weight and not len(hidden) else None
-        size = CHUNK_BYTES if of_weight else CHUNK_BYTES // 4
         operand = hidden.detach().to(dtype)
-        for student, logits_CV, places in _chunks_of_logits(hidden, weight, dtype, size):
+        for student, logits_CV, places in _chunks_of_logits(hidden, weight, dtype, of_weight):
             for rows in _tiles(logits_CV):
                 z_RV = _capped(logits_CV[rows].to(grad.dtype, copy=True), softcap)
                 gradient_RV = (z_RV / temperature).softmax(dim=-1)
@@ -224,12 +225,12 @@ class _TokenLosses(torch.autograd.Function):
 
 
 def _chunks_of_logits(
-    hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, size: int
+    hidden: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, head_gradient: bool
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, slice]]:
     """The weight in the type of the products, a chunk's logits before the softcap, and which rows they are of."""
     student, operand = weight.detach().to(dtype), hidden.detach().to(dtype)
-    rows = _chunk_size(student, size)
-    buffer = student.new_empty((min(rows, len(hidden)), len(student)))
+    rows = _rows_of_a_chunk(len(hidden), student, head_gradient)
+    buffer = student.new_empty((rows, len(student)))
     for chunk in _slices(len(hidden), rows):
         yield student, torch.mm(operand[chunk], student.T, out=buffer[: chunk.stop - chunk.start]), chunk
 
@@ -275,13 +276,12 @@ def _sums_and_gradients(
     """The three sums, and the gradients of the first with respect to hidden states and weight, where wanted."""
     operand = hidden.detach().to(dtype)
     teacher = target.weight.detach() if isinstance(target, TeacherTarget) else None
-    size = CHUNK_BYTES if wanted[1] else CHUNK_BYTES // 4
     wide = torch.promote_types(torch.float32, hidden.dtype)
     sums = torch.zeros(3, dtype=wide, device=hidden.device)
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
     grad_weight = torch.zeros_like(weight) if wanted[1] and not len(hidden) else None
     taught_buffer: torch.Tensor | None = None
-    for student, logits_CV, chunk in _chunks_of_logits(hidden, weight, dtype, size):
+    for student, logits_CV, chunk in _chunks_of_logits(hidden, weight, dtype, wanted[1]):
         taught_CV = None
         if isinstance(target, TeacherTarget):
             assert teacher is not None
@@ -413,8 +413,13 @@ def _count(kept: torch.Tensor, given: torch.Tensor | int | None, device: torch.d
     return count.to(device) if torch.is_tensor(count) else count
 
 
-def _chunk_size(weight: torch.Tensor, size: int) -> int:
-    return max(1, size // (len(weight) * weight.element_size()))
+def _rows_of_a_chunk(rows: int, weight: torch.Tensor, head_gradient: bool) -> int:
+    """So many that the chunks of ``rows`` have about the same size."""
+    size = CHUNK_BYTES if head_gradient else CHUNK_BYTES // 4
+    if head_gradient and weight.element_size() < 4:
+        size = size * 4 // 3
+    most = max(1, size // (len(weight) * weight.element_size()))
+    return max(1, math.ceil(rows / math.ceil(rows / most))) if rows else 1
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:

@@ -177,11 +177,11 @@ def test_token_losses(softcap, temperature):
     torch.testing.assert_close(found, expected)
     assert found[0] == 0
     # What is made of them need not be a mean: a product has another gradient at every label.
-    for losses in (found, expected):
+    for tokens in (found, expected):
         arguments["hidden"].grad = arguments["weight"].grad = None
-        (losses * torch.arange(TOKENS)).square().sum().backward()
+        (tokens * torch.arange(TOKENS)).square().sum().backward()
         gradients = arguments["hidden"].grad, arguments["weight"].grad
-        if losses is found:
+        if tokens is found:
             ours = gradients
     for mine, dense in zip(ours, gradients):
         torch.testing.assert_close(mine, dense)
