@@ -41,7 +41,14 @@ class Start:
 
 
 STARTS = {
-    "layerwise": Start("layerwise", "layerwise", 3e-5),
+    "layerwise": Start("layerwise, LR 3e-5", "layerwise", 3e-5),
+    "layerwise-1e-4": Start("layerwise, LR 1e-4", "layerwise", 1e-4),
+    "layerwise-encoder": Start(
+        "layerwise, LR 3e-5, the encoder's three times that",
+        "layerwise",
+        3e-5,
+        ("--recipe.learning_rates", '{"encoder": 3}'),
+    ),
     "copy": Start("separate, copied from self-attention (the paper, balanced)", "copy"),
     "random": Start(
         "separate, random, alone for a quarter of the steps (the paper, unbalanced)",

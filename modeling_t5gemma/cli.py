@@ -9,8 +9,12 @@ from collections.abc import Callable
 import typer
 
 from modeling_t5gemma.commands.average import average_command
+from modeling_t5gemma.commands.chat import chat
 from modeling_t5gemma.commands.convert import convert_command
+from modeling_t5gemma.commands.fill import fill
+from modeling_t5gemma.commands.generate import generate
 from modeling_t5gemma.commands.inspect import inspect
+from modeling_t5gemma.commands.merge import merge
 from modeling_t5gemma.commands.teacher_cache import teacher_cache
 from modeling_t5gemma.commands.tokenize import tokenize
 from modeling_t5gemma.commands.verify import verify
@@ -23,6 +27,10 @@ app.command()(inspect)
 app.command()(tokenize)
 app.command()(teacher_cache)
 app.command("average")(average_command)
+app.command()(merge)
+app.command()(generate)
+app.command()(chat)
+app.command()(fill)
 
 
 @app.callback()

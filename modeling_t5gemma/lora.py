@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 # Every projection of both stacks; embeddings and heads stay as they are. A path from the layers on, so that nothing
 # outside them can match.
 LORA_TARGETS = r".*(encoder|decoder)\.layers\.\d+\.(self_attn|cross_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+# The same of a decoder-only model of transformers.
+DECODER_ONLY_TARGETS = r"model\.(language_model\.)?layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 
 
 def lora_config(**kwargs: Any) -> LoraConfig:

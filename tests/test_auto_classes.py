@@ -153,15 +153,15 @@ def test_sentence_transformers_on_top(tmp_path, pooling):
 
     texts = ["w5 w6 w7", "w8 w9"]
     words = word_tokenizer()
-    batch = words(texts, return_tensors="pt", padding=True)
-    for model in (t5gemma(), layerwise(gemma3(), bidirectional_layers="all")):
+    for model, begin in ((t5gemma(), ""), (layerwise(gemma3(), bidirectional_layers="all"), "<bos> ")):
+        batch = words([begin + text for text in texts], return_tensors="pt", padding=True)
         folder = tmp_path / model.config.model_type
         model.save_pretrained(folder)
         words.save_pretrained(folder)
         sentences = sentence_transformer(str(folder), pooling=pooling, device="cpu")
         hidden = model.get_encoder()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])[0]
         mask = batch["attention_mask"][..., None]
-        mean, last = (hidden * mask).sum(1) / mask.sum(1), hidden[[0, 1], [2, 1]]
+        mean, last = (hidden * mask).sum(1) / mask.sum(1), hidden[[0, 1], mask[..., 0].sum(1) - 1]
         expected = mean if pooling == "mean" else last
         torch.testing.assert_close(sentences.encode(texts, convert_to_tensor=True), expected, atol=1e-5, rtol=0)
         sentences.save(str(folder / "saved"))

@@ -86,7 +86,10 @@ def modules() -> list[str]:
 def test_floors_are_the_tested_floors():
     config = setup_cfg()
     extras = config["options.extras_require"]
-    tested = [config["options"]["install_requires"], *(extras[name] for name in ("convert", "embed", "test"))]
+    tested = [
+        config["options"]["install_requires"],
+        *(extras[name] for name in ("convert", "embed", "metrics", "superglue", "test", "train")),
+    ]
     floors = {}
     for requirement in (r for text in tested for r in requirements(text) if r.name != "modeling_t5gemma"):
         lowest = [s.version for s in requirement.specifier if s.operator == ">="]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..objectives import SENTINELS_FILE
 from .checkpoints import complete, keep_last
 
 
@@ -31,7 +33,10 @@ class CompleteCheckpoints(TrainerCallback):
         self.everyone()
         if state.is_world_process_zero:
             output = Path(args.output_dir)
-            complete(output / f"checkpoint-{state.global_step}", self.state())
+            checkpoint = output / f"checkpoint-{state.global_step}"
+            if (output / SENTINELS_FILE).exists():
+                shutil.copyfile(output / SENTINELS_FILE, checkpoint / SENTINELS_FILE)
+            complete(checkpoint, self.state())
             keep_last(output, self.keep)
 
 

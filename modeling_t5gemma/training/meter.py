@@ -31,7 +31,9 @@ class Meter:
             if part != "embeddings":
                 sizes["encoder" if part == "encoder" else "decoder"] += parameter.numel()
         head = student.get_output_embeddings().weight.numel()
-        self._of_source, self._of_target = 6 * sizes["encoder"], 6 * (sizes["decoder"] + head)
+        # A decoder-only model has no encoder: its decoder reads the source.
+        self._of_source = 6 * (sizes["encoder"] or sizes["decoder"])
+        self._of_target = 6 * (sizes["decoder"] + head)
         self._of_teacher = 0
         if teacher is not None:
             inner = sum(p.numel() for name, p in teacher.named_parameters() if part_of(name) != "embeddings")

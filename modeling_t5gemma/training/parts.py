@@ -49,9 +49,10 @@ def freeze(model: PreTrainedModel, parts: Iterable[Part]) -> None:
 
 
 def _unread(model: PreTrainedModel) -> list[str]:
-    if model.config.decoder.cross_attention_type != "layerwise":
+    decoder = getattr(model.config, "decoder", None)  # which a decoder-only model has not
+    if decoder is None or decoder.cross_attention_type != "layerwise":
         return []
-    last = max(model.config.decoder.cross_attention_map)
+    last = max(decoder.cross_attention_map)
     prefix = next(name for name, module in model.named_modules() if name.split(".")[-1] == "encoder")
     parts = ["embed_tokens", *(f"layers.{i}" for i in range(last)), *(f"layers.{last}.{name}" for name in _READ)]
     read = tuple(f"{prefix}.{part}." for part in parts)

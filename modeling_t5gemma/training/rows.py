@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError
@@ -103,6 +104,8 @@ class Rows:
             sampler=_From(block),
             num_workers=self._num_workers,
             collate_fn=_unchanged,
+            # A generator of its own: it would draw a seed from torch's, which a resumed run has just restored.
+            generator=torch.Generator(),
         )
         for number, rows in enumerate(loader, block):
             if isinstance(rows, UserError):

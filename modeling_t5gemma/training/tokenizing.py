@@ -66,6 +66,8 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         UserError: there is none.
     """
+    if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+        raise UserError(f"There is no folder {path}: give a checkpoint's folder or a Hub repository (owner/name).")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:

@@ -1,0 +1,1 @@
+"""Text from checkpoints: loading, batches, conversations, filling masks."""

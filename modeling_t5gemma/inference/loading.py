@@ -1,0 +1,156 @@
+"""A checkpoint ready to generate: an encoder-decoder, a decoder-only model, or an adapter on either."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.logging import disable_progress_bar
+
+from ..errors import UserError
+from ..stacks import T5GemmaPreTrainedModel
+from ..training.loading import load_config, loaded
+from ..training.tokenizing import load_tokenizer
+from .adapters import ADAPTER_CONFIG, load_adapter, read_base
+
+DTYPES = ("auto", "float32", "bfloat16")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in evaluation mode, and what came with it.
+
+    Attributes:
+        model: of transformers, also where an adapter is on it.
+        tokenizer: the adapter's own, if it has one.
+        places: folders or Hub repositories that it came from: the adapter's before the base's.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    places: tuple[str, ...]
+
+    def file(self, name: str) -> Path | None:
+        """A small file beside the weights; None if there is none.
+
+        Raises:
+            UserError: it is a Hub repository's that is cached, and there is no network to ask whether it has the file.
+        """
+        for place in self.places:
+            try:
+                if (path := _file_of(place, name)) is not None:
+                    return path
+            except LocalEntryNotFoundError as error:
+                raise UserError(
+                    f"Without a network nobody can tell whether {place} has a {name}. Give the folder that it was "
+                    "downloaded to, or go online."
+                ) from error
+        return None
+
+
+def load_checkpoint(path: str, *, base: str | None = None, dtype: str = "auto", device: str = "auto") -> Checkpoint:
+    """Load a model and its tokenizer.
+
+    Args:
+        path: a folder or Hub repository, of a model or of a PEFT adapter.
+        base: of an adapter, where it is not at the place that the adapter names.
+        dtype: one of ``DTYPES``; "auto" is the checkpoint's own.
+        device: as torch names it; "auto" is the accelerator if there is one, else the CPU.
+
+    Raises:
+        UserError: something is missing, damaged or not meant for generating, the adapter belongs to another base, or
+            there is no such device or no room on it.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is none of {', '.join(DTYPES)}.")
+    disable_progress_bar()
+    place = _device(device)
+    adapter = _adapter_folder(path)
+    if adapter is None:
+        if base is not None:
+            raise UserError(f"{path} is no adapter, so it has no --base. Leave that out.")
+        tokenizer = load_tokenizer(path)
+        return Checkpoint(_load_model(path, dtype, place), tokenizer, (path,))
+    base = base or read_base(adapter)["path"]
+    own = any((adapter / name).is_file() for name in _TOKENIZER_FILES)
+    tokenizer = load_tokenizer(str(adapter) if own else base)
+    adapted = load_adapter(_load_model(base, dtype, place), adapter)
+    if any(config.is_prompt_learning for config in adapted.peft_config.values()):
+        raise UserError(
+            f"{path} is an adapter of learnt prompts. Only those that change weights, as LoRA, can be used."
+        )
+    model = adapted.get_base_model().eval()  # its own modules hold the adapter now, and generate needs no wrapper
+    if (adapter / GENERATION_CONFIG_NAME).is_file():  # with the ends of an answer that the adapter was trained to
+        model.generation_config = GenerationConfig.from_pretrained(adapter)
+    return Checkpoint(model, tokenizer, (str(adapter), base))
+
+
+def _load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
+    config = load_config(path)
+    encoder_decoder = config.is_encoder_decoder
+    if hasattr(config, "encoder") and not encoder_decoder:
+        raise UserError(f"{path} is an encoder alone, which generates nothing. Give a whole encoder-decoder.")
+    auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+    try:
+        model, found = loaded(auto, path, dtype=dtype, output_loading_info=True)
+    except SafetensorError as error:
+        raise UserError(
+            f"A file of weights in {path} is damaged or cut short ({error}). Download it again."
+        ) from error
+    if encoder_decoder and not isinstance(model, T5GemmaPreTrainedModel):
+        raise UserError(f"{path} is a {config.model_type}. Of encoder-decoders, only T5Gemma's kind can be used.")
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{path} lacks {len(missing)} tensors such as {missing[0]}, so it would generate noise. It may be a "
+            "classifier or an encoder: give a language model."
+        )
+    try:
+        return model.to(device).eval()
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"{path} does not fit on {device}. Give --dtype bfloat16 or --device cpu.") from error
+
+
+def _device(name: str) -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if name == "auto":
+        return accelerator or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = "cpu" if accelerator is None else f"{accelerator.type}, cpu"
+        raise UserError(f"--device {name} cannot be used; this machine has {there}.") from error
+    return device
+
+
+def _adapter_folder(path: str) -> Path | None:
+    """The folder of an adapter, downloaded if need be; None for anything else."""
+    if Path(path).is_dir():
+        return Path(path) if (Path(path) / ADAPTER_CONFIG).is_file() else None
+    try:
+        if _file_of(path, ADAPTER_CONFIG) is None:
+            return None
+        return Path(snapshot_download(path))
+    except (OSError, ValueError):
+        return None  # loading it as a model says what is wrong
+
+
+def _file_of(place: str, name: str) -> Path | None:
+    """A file of a folder or a Hub repository; None if it has no such file."""
+    if Path(place).is_dir():
+        path = Path(place) / name
+        return path if path.is_file() else None
+    try:
+        return Path(hf_hub_download(place, name))
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        return None

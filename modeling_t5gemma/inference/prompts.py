@@ -1,0 +1,143 @@
+"""What a model reads: texts and messages to token ids, and how many of them there may be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import UserError
+from ..training.loading import layout_of
+
+Messages = list[dict[str, Any]]
+
+# What the assistant says to find out how the template ends its turn.
+_ANSWER = "answer"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Texts and messages to input ids.
+
+    An encoder reads what it was trained on: a source without special tokens, behind ``<bos>`` where cross-attention is
+    layerwise. A decoder-only model reads what its tokenizer makes.
+
+    Attributes:
+        tokenizer: the model's.
+        begin: what an encoder's input begins with, or None.
+        decoder_only: whether there is no encoder.
+    """
+
+    tokenizer: Any
+    begin: int | None
+    decoder_only: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, tokenizer: Any) -> Prompts:
+        """Those of a model.
+
+        Raises:
+            UserError: as ``layout_of``.
+        """
+        if not model.config.is_encoder_decoder:
+            return cls(tokenizer, None, decoder_only=True)
+        return cls(tokenizer, layout_of(model, tokenizer).encoder_begin, decoder_only=False)
+
+    def text(self, text: str) -> list[int]:
+        """A text as it is; special tokens that it spells are special tokens."""
+        if self.decoder_only:
+            return self._tokens(text, add_special_tokens=True)
+        return self.source(self._tokens(text, add_special_tokens=False))
+
+    def chat(self, messages: Messages) -> list[int]:
+        """Messages as the chat template writes them, up to where the assistant's answer begins.
+
+        Raises:
+            UserError: there is no template, or it refuses them.
+        """
+        text = self.rendered(messages, add_generation_prompt=True)
+        if self.decoder_only:
+            return self._tokens(text, add_special_tokens=False)
+        text = text.removeprefix(self.tokenizer.bos_token or "")  # what begins the input is not the template's to say
+        return self.source(self._tokens(text, add_special_tokens=False))
+
+    def source(self, ids: Sequence[int]) -> list[int]:
+        """Tokens of an encoder's source, behind what its input begins with."""
+        return [*ids] if self.begin is None else [self.begin, *ids]
+
+    def rendered(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+        """The chat template's text.
+
+        Raises:
+            UserError: there is no template, or it refuses the messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"The tokenizer of {self.tokenizer.name_or_path} has no chat template: it is no chat model's. "
+                "`t5gemma generate` continues plain text."
+            )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except Exception as error:  # a template is a program: what it raises can be anything
+            raise UserError(f"The chat template refuses the messages: {' '.join(str(error).split())}") from error
+        return text
+
+    def turn_ends(self) -> list[int]:
+        """The token that ends the assistant's turn in the chat template (Gemma's ``<end_of_turn>``), if one does.
+
+        Raises:
+            UserError: there is no template, or it refuses a question and an answer.
+        """
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
+        behind = self.rendered(turns, add_generation_prompt=False).rpartition(_ANSWER)[2]
+        # Added, not only special ones: Gemma's first tokenizers have <end_of_turn> as an ordinary added token.
+        added = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        tokens = self._tokens(behind.strip(), add_special_tokens=False)
+        return [token for token in tokens if token in added][:1]
+
+    def shortened(self, ids: list[int], limit: int, *, middle: bool) -> list[int]:
+        """At most ``limit`` ids, among them a ``<bos>`` at the beginning.
+
+        Args:
+            middle: leave out the middle, since instruction and question of a conversation stand at its ends; else the
+                beginning, since a text goes on from its end.
+        """
+        if len(ids) <= limit:
+            return ids
+        first = int(ids[0] == self.tokenizer.bos_token_id)
+        head = first + (limit - first + 1) // 2 if middle else first
+        return [*ids[:head], *ids[len(ids) - (limit - head) :]]
+
+    def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        return ids
+
+
+def longest_prompt(model: PreTrainedModel, max_new_tokens: int) -> int:
+    """The most input ids that leave room for so many new ones.
+
+    A decoder with separate cross-attention counts its positions from 0. One with layerwise cross-attention, like a
+    decoder-only model, counts on where the input ends.
+
+    Raises:
+        UserError: there is no room for so many new tokens.
+    """
+    config = model.config
+    if not config.is_encoder_decoder:
+        source, target, together = None, config.get_text_config().max_position_embeddings, True
+    else:
+        source, target = config.encoder.max_position_embeddings, config.decoder.max_position_embeddings
+        together = config.decoder.cross_attention_type == "layerwise"
+    if max_new_tokens >= target:
+        raise UserError(
+            f"--max-new-tokens {max_new_tokens} is more than the model's {target} positions have room for. Ask for "
+            "fewer."
+        )
+    left = target - max_new_tokens
+    if source is None:
+        return left
+    return min(source, left) if together else source

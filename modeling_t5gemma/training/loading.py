@@ -1,0 +1,106 @@
+"""The models of a run, and how examples become their inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+from ..collators import Layout
+from ..errors import UserError
+from .settings import DistillationSettings, ModelSettings
+from .teacher import Distillation, Teacher
+from .tokenizing import load_tokenizer, vocabulary_of
+
+
+def load_student(settings: ModelSettings) -> PreTrainedModel:
+    """The encoder-decoder that is trained.
+
+    Raises:
+        UserError: it cannot be loaded, or is no encoder-decoder.
+    """
+    config = load_config(settings.path)
+    if not config.is_encoder_decoder:
+        raise UserError(
+            f"{settings.path} is a {config.model_type}, no encoder-decoder. Convert it first: t5gemma convert --enc "
+            f"{settings.path} --dec {settings.path} --output FOLDER."
+        )
+    return load_model(settings)
+
+
+def load_model(settings: ModelSettings, **kwargs: Any) -> PreTrainedModel:
+    """The language model that is trained, an encoder-decoder or a decoder-only one.
+
+    Args:
+        kwargs: go to ``from_pretrained``.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    auto = AutoModelForSeq2SeqLM if load_config(settings.path).is_encoder_decoder else AutoModelForCausalLM
+    if settings.attention is not None:
+        kwargs["attn_implementation"] = settings.attention
+    return loaded(auto, settings.path, dtype=getattr(torch, settings.dtype), **kwargs)
+
+
+def load_config(path: str) -> Any:
+    """A checkpoint's config.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    return loaded(AutoConfig, path)
+
+
+def load_teacher(model: ModelSettings, how: DistillationSettings, layout: Layout) -> Teacher | None:
+    """The teacher that the settings name.
+
+    Raises:
+        UserError: it cannot be loaded, or has another tokenizer than the student.
+    """
+    path = model.teacher
+    if path is None:
+        return None
+    teacher = loaded(AutoModelForCausalLM, path, dtype=getattr(torch, model.teacher_dtype))
+    student, own = load_tokenizer(model.path), load_tokenizer(path)
+    if vocabulary_of(student, "").fingerprint != vocabulary_of(own, "").fingerprint:
+        raise UserError(
+            f"The teacher {path} has another tokenizer than {model.path}: its words are other words. Take "
+            "the decoder-only model that the student was converted from."
+        )
+    return Teacher(teacher, layout, Distillation(how.divergence, how.temperature, how.share))
+
+
+def loaded(auto: Any, path: str, **kwargs: Any) -> Any:
+    """``auto.from_pretrained``.
+
+    Raises:
+        UserError: for what it raises.
+    """
+    try:
+        return auto.from_pretrained(path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def layout_of(model: PreTrainedModel, tokenizer: Any, encoder_bos: bool | None = None) -> Layout:
+    """How examples become the inputs of a model.
+
+    Args:
+        encoder_bos: whether sources begin with ``<bos>``; None for where cross-attention is layerwise. A decoder-only
+            model's always do.
+
+    Raises:
+        UserError: there is no ``<bos>`` or no padding token.
+    """
+    decoder = getattr(model.config, "decoder", None)
+    config = model.config if decoder is None else decoder
+    bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else config.bos_token_id
+    if bos is None or config.pad_token_id is None:
+        raise UserError("The model's config has no bos_token_id or no pad_token_id: set both.")
+    if decoder is None:
+        return Layout(config.pad_token_id, bos, bos, bos)
+    if encoder_bos is None:
+        encoder_bos = decoder.cross_attention_type == "layerwise"
+    return Layout(config.pad_token_id, model.decoder_start_token_id(), bos if encoder_bos else None, bos)

@@ -1,0 +1,75 @@
+"""Preferences and rewards on two Gloo processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.post_training.worker import with_dpo, with_fsdp
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[dict]:
+    """What each of two processes found."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.post_training.worker", str(tmp_path_factory.mktemp("two"))]
+    processes = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "ACCELERATE_USE_CPU": "true",
+        }
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    results = [process.communicate(timeout=400) for process in processes]
+    for process, (_, errors) in zip(processes, results, strict=True):
+        assert process.returncode == 0, errors[-4000:]
+    return [json.loads(out.split("FOUND")[1]) for out, _ in results]
+
+
+def test_two_processes_have_the_preferences_of_one(two, tmp_path):
+    one = with_dpo(tmp_path, 3, 4)
+    first, second = (each["dpo"] for each in two)
+    assert set(one) == set(first) and len(one["loss"]) == 3
+    for name, value in one.items():
+        assert first[name] == pytest.approx(value, abs=1e-4), name
+    assert second["eval_loss"] == first["eval_loss"]
+
+
+def test_two_processes_sample_for_themselves_and_learn_together(two):
+    first, second = (each["grpo"] for each in two)
+    assert first["answers"] != second["answers"]
+    assert first["weights"] == second["weights"] and first["loss"] == second["loss"]
+    together = np.mean([first["own"], second["own"]], axis=0)
+    assert first["reward"] == pytest.approx(together, abs=1e-6) and len(together) == 2
+
+
+def test_a_sharded_model_samples_what_the_whole_one_does(two):
+    whole = with_fsdp()["found"]
+    first, second = (each["fsdp"]["found"] for each in two)
+    assert [answers for answers, _ in first] == [answers for answers, _ in whole]
+    assert [answers for answers, _ in second] != [answers for answers, _ in whole]
+    for (_, sharded), (_, alone) in zip(first, whole, strict=True):
+        assert sharded == pytest.approx(alone, abs=1e-3)
