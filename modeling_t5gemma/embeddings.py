@@ -7,10 +7,16 @@ encoder comes in as a module of ours::
 
     model = sentence_transformer("my-checkpoint")
     vectors = model.encode(["one text", "another"])
+    model.save("my-embeddings")
+    again = SentenceTransformer("my-embeddings", trust_remote_code=True)
+
+sentence-transformers asks for ``trust_remote_code`` for every module that is not its own; this one is imported from
+the installed package. The model goes into ``mteb.evaluate`` as it is. examples/embed.py trains one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,51 +26,117 @@ from transformers import AutoModelForTextEncoding, AutoTokenizer
 
 import modeling_t5gemma  # noqa: F401  # registers the Auto classes
 
+from .errors import UserError
+
+POOLINGS = ("mean", "lasttoken")
+
 
 class T5GemmaTextEncoder(InputModule):
     """An encoder and its tokenizer; adds ``token_embeddings`` (B, S, D) to the features.
+
+    Texts are padded on the right. They begin with ``<bos>`` where cross-attention is layerwise and with nothing before
+    them otherwise, as in training.
 
     Args:
         checkpoint: a folder or Hub id, of an encoder-decoder or of an encoder alone.
         max_seq_length: longer texts are cut to so many tokens; the config's max_position_embeddings by default.
         model_kwargs: for ``from_pretrained``, such as ``dtype``.
+        hub_kwargs: for the model's and the tokenizer's ``from_pretrained``, such as ``revision``.
+
+    Raises:
+        UserError: max_seq_length is more than the model was made for, or there is no ``<bos>`` where one is needed.
     """
 
+    config_file_name = "sentence_bert_config.json"  # config.json is the encoder's
+    config_keys = ["max_seq_length"]  # noqa: RUF012
+
     def __init__(
-        self, checkpoint: str, max_seq_length: int | None = None, model_kwargs: dict[str, Any] | None = None
+        self,
+        checkpoint: str,
+        max_seq_length: int | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        hub_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.auto_model = AutoModelForTextEncoding.from_pretrained(checkpoint, **(model_kwargs or {}))
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        stack = self.auto_model.config.encoder
-        self.max_seq_length = max_seq_length or stack.max_position_embeddings
+        hub_kwargs = hub_kwargs or {}
+        self.auto_model = AutoModelForTextEncoding.from_pretrained(checkpoint, **hub_kwargs, **(model_kwargs or {}))
+        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub_kwargs)
+        config = self.auto_model.config
+        longest = config.encoder.max_position_embeddings
+        self.max_seq_length = longest if max_seq_length is None else max_seq_length
+        if not 2 <= self.max_seq_length <= longest:
+            raise UserError(f"max_seq_length is {max_seq_length}; {checkpoint} was made for 2 to {longest} tokens.")
+        self._begin: list[int] = []
+        if config.decoder.cross_attention_type == "layerwise":
+            if self.tokenizer.bos_token_id is None:
+                raise UserError(f"The tokenizer of {checkpoint} has no bos_token, which its encoder begins with.")
+            self._begin = [self.tokenizer.bos_token_id]
 
     def get_embedding_dimension(self) -> int:
         """D, the width of a token's embedding."""
         return int(self.auto_model.config.encoder.hidden_size)
 
-    def preprocess(self, inputs: list[str], prompt: str | None = None, **kwargs: Any) -> dict[str, torch.Tensor]:
-        texts = self._prepend_prompt(inputs, prompt) if prompt else list(inputs)
-        batch = self.tokenizer(
-            texts, padding=True, truncation=True, max_length=self.max_seq_length, return_tensors="pt"
-        )
-        return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    def preprocess(
+        self, inputs: Sequence[Any], prompt: str | None = None, max_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Texts to ``input_ids`` and ``attention_mask``, int64 (B, S).
 
-    def forward(self, features: dict[str, torch.Tensor], **kwargs: Any) -> dict[str, torch.Tensor]:
+        Args:
+            inputs: strings. An empty one has no tokens but ``<bos>``.
+            prompt: stands before each.
+            max_length: instead of max_seq_length.
+        """
+        texts = self._prepend_prompt(list(inputs), prompt) if prompt else list(inputs)
+        room = (max_length or self.max_seq_length) - len(self._begin)
+        rows = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=room)["input_ids"]
+        rows = [self._begin + row for row in rows]
+        shape = len(rows), max(1, *map(len, rows))
+        ids = torch.full(shape, self.auto_model.config.encoder.pad_token_id)
+        mask = torch.zeros(shape, dtype=torch.long)
+        for number, row in enumerate(rows):
+            ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+            mask[number, : len(row)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         encoded = self.auto_model(features["input_ids"], attention_mask=features["attention_mask"])
         return {**features, "token_embeddings": encoded.last_hidden_state}
 
     def save(self, output_path: str, *args: Any, **kwargs: Any) -> None:
         self.auto_model.save_pretrained(output_path)
         self.save_tokenizer(output_path)
+        self.save_config(output_path)
 
     @classmethod
-    def load(cls, model_name_or_path: str, *args: Any, **kwargs: Any) -> T5GemmaTextEncoder:
-        return cls(model_name_or_path)
+    def load(
+        cls,
+        model_name_or_path: str,
+        subfolder: str = "",
+        token: bool | str | None = None,
+        cache_folder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> T5GemmaTextEncoder:
+        place: dict[str, Any] = {
+            "subfolder": subfolder,
+            "token": token,
+            "revision": revision,
+            "local_files_only": local_files_only,
+        }
+        saved = cls.load_config(model_name_or_path, cache_folder=cache_folder, **place)
+        return cls(
+            model_name_or_path, **saved, model_kwargs=model_kwargs, hub_kwargs={**place, "cache_dir": cache_folder}
+        )
 
 
 def sentence_transformer(
-    checkpoint: str, pooling: str = "mean", max_seq_length: int | None = None, **kwargs: Any
+    checkpoint: str,
+    pooling: str = "mean",
+    max_seq_length: int | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    **kwargs: Any,
 ) -> SentenceTransformer:
     """A sentence-transformers model on a checkpoint's encoder.
 
@@ -72,9 +144,15 @@ def sentence_transformer(
         checkpoint: a folder or Hub id.
         pooling: "mean" over the real tokens, or "lasttoken" (the paper's classification head reads that one).
         max_seq_length: longer texts are cut.
-        kwargs: for ``SentenceTransformer``, such as ``device``.
+        model_kwargs: for the encoder's ``from_pretrained``, such as ``dtype``.
+        kwargs: for ``SentenceTransformer``, such as ``device`` or ``prompts``.
+
+    Raises:
+        UserError: for another pooling, or what ``T5GemmaTextEncoder`` refuses.
     """
-    encoder = T5GemmaTextEncoder(checkpoint, max_seq_length)
+    if pooling not in POOLINGS:
+        raise UserError(f"pooling is {pooling!r}; it can be one of {POOLINGS}.")
+    encoder = T5GemmaTextEncoder(checkpoint, max_seq_length, model_kwargs)
     return SentenceTransformer(
         modules=[encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode=pooling)], **kwargs
     )
