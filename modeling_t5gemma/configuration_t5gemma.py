@@ -23,6 +23,7 @@ StackConfig: TypeAlias = Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 CROSS_ATTENTION_TYPES = ("separate", "layerwise")
+CLASSIFIER_POOLINGS = ("last", "mean")
 
 # Encoder and decoder stacks, from the released checkpoints; 27b from Gemma 2 27B, which has no T5Gemma release. The
 # query_pre_attn_scalar of the small ones is inferred to be their head_dim.
@@ -97,6 +98,7 @@ _T5GEMMA_FIXES = frozenset(
         "cross_attention_map",
         "output_key_values",
         "share_embeddings",
+        "classifier_pooling",
     }
 )
 
@@ -145,6 +147,7 @@ class T5GemmaConfig(StockT5GemmaConfig):
 
     share_embeddings = False
     cross_attention_type = "separate"
+    classifier_pooling = "last"
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_unrepresentable(kwargs)
@@ -262,6 +265,8 @@ class AdaptedSeq2SeqConfig(PreTrainedConfig):
             causal encoder and the same tokens that is the decoder-only model itself.
         cross_attention_map: m as a list with an encoder layer for each decoder layer; the identity by default.
         share_embeddings: encoder, decoder and head use one embedding matrix.
+        classifier_pooling: what a label of a sequence is read off: "last", its last token ("Encoder-Decoder Gemma",
+            arXiv 2504.06225), or "mean", the mean over its tokens.
 
     Raises:
         ValueError: stacks that cannot be paired in the way asked for.
@@ -281,6 +286,8 @@ class AdaptedSeq2SeqConfig(PreTrainedConfig):
         "AutoModelForSeq2SeqLM": "modeling_t5gemma.AdaptedSeq2SeqForConditionalGeneration",
         "AutoModelForSequenceClassification": "modeling_t5gemma.AdaptedSeq2SeqForSequenceClassification",
         "AutoModelForTokenClassification": "modeling_t5gemma.AdaptedSeq2SeqForTokenClassification",
+        "AutoModelForMultipleChoice": "modeling_t5gemma.AdaptedSeq2SeqForMultipleChoice",
+        "AutoModelForQuestionAnswering": "modeling_t5gemma.AdaptedSeq2SeqForQuestionAnswering",
         "AutoModelForTextEncoding": "modeling_t5gemma.AdaptedSeq2SeqEncoderModel",
     }
 
@@ -290,6 +297,7 @@ class AdaptedSeq2SeqConfig(PreTrainedConfig):
     cross_attention_type: str = "separate"
     cross_attention_map: list[int] | None = None
     share_embeddings: bool = False
+    classifier_pooling: str = "last"
     dropout_rate: int | float = 0.0
     classifier_dropout_rate: int | float = 0.0
     attention_dropout: int | float = 0.0
@@ -314,6 +322,10 @@ class AdaptedSeq2SeqConfig(PreTrainedConfig):
             if key not in kwargs:
                 setattr(self, key, getattr(decoder, key))
 
+        if self.classifier_pooling not in CLASSIFIER_POOLINGS:
+            raise ValueError(
+                f"classifier_pooling is {self.classifier_pooling!r}; it can be one of {CLASSIFIER_POOLINGS}."
+            )
         if self.cross_attention_type not in CROSS_ATTENTION_TYPES:
             raise ValueError(
                 f"cross_attention_type is {self.cross_attention_type!r}; it can be one of {CROSS_ATTENTION_TYPES}."
@@ -337,6 +349,26 @@ class AdaptedSeq2SeqConfig(PreTrainedConfig):
                 f"share_embeddings needs equal vocabularies and widths; the encoder has {encoder.vocab_size} x "
                 f"{encoder.hidden_size}, the decoder {decoder.vocab_size} x {decoder.hidden_size}."
             )
+
+    @classmethod
+    def from_t5gemma(cls, config: T5GemmaConfig, **changes: Any) -> AdaptedSeq2SeqConfig:
+        """The same model under this config, for what T5Gemma cannot represent; its weights have the same names.
+
+        Args:
+            changes: fields of this config.
+        """
+        stacks = {
+            side: {
+                name: copy.deepcopy(getattr(stack, name))
+                for name in AdaptedSeq2SeqModuleConfig.__annotations__
+                if hasattr(stack, name)
+            }
+            for side, stack in (("encoder", config.encoder), ("decoder", config.decoder))
+        }
+        own = ("is_encoder_decoder", "dropout_rate", "classifier_dropout_rate", "attention_dropout",
+               "tie_word_embeddings", "initializer_range", "bos_token_id", "pad_token_id", "eos_token_id",
+               "dtype")  # fmt: skip
+        return cls(**stacks, **{**{name: getattr(config, name) for name in own}, **changes})
 
 
 def is_bidirectional(config: StackConfig, layer_idx: int) -> bool:

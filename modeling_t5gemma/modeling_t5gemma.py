@@ -16,6 +16,8 @@ from transformers import GenerationMixin
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import (
     BaseModelOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
     SequenceClassifierOutput,
@@ -285,12 +287,48 @@ def _passed_on(outputs: Seq2SeqModelOutput) -> dict[str, Any]:
     return {name: value for name, value in outputs.items() if name != "last_hidden_state"}
 
 
+@dataclass
+class _Read:
+    """What a head reads.
+
+    Attributes:
+        hidden: (B, T, D), the final states of the stack that it reads.
+        real: bool (B, T), which tokens are no padding; None when nothing says that any is.
+        more: hidden_states and attentions, as an output has them.
+    """
+
+    hidden: torch.Tensor
+    real: torch.Tensor | None
+    more: dict[str, Any]
+
+    def pooled(self, pooling: str) -> torch.Tensor:
+        """The last real token's state or the mean over the real ones, (B, D), wherever the padding is."""
+        batch, length, _ = self.hidden.shape
+        real = self.hidden.new_ones(batch, length) if self.real is None else self.real.to(self.hidden)
+        if pooling == "mean":
+            return (self.hidden * (real / real.sum(1, keepdim=True).clamp(min=1))[..., None]).sum(1)
+        index = torch.arange(length, device=real.device)
+        last = torch.where(real.bool(), index, 0).argmax(dim=1)
+        return self.hidden[torch.arange(batch, device=real.device), last]
+
+
 class _Classifier(T5GemmaPreTrainedModel):
-    """A classification head on the encoder, or on the decoder when the model is an encoder-decoder."""
+    """A classification head on the encoder, or on the decoder when the model is an encoder-decoder.
+
+    Raises:
+        ValueError: a pooling that stock T5Gemma would ignore.
+    """
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012
+    _num_scores: int | None = None  # num_labels
 
     def __init__(self, config: T5GemmaConfig, is_encoder_decoder: bool | None = None) -> None:
+        if isinstance(config, T5GemmaConfig) and config.classifier_pooling != T5GemmaConfig.classifier_pooling:
+            raise ValueError(
+                f"T5Gemma reads the last token, and stock transformers would ignore classifier_pooling="
+                f"{config.classifier_pooling!r}: AdaptedSeq2SeqConfig.from_t5gemma(config, classifier_pooling=...) "
+                "represents it."
+            )
         if is_encoder_decoder is not None and is_encoder_decoder != config.is_encoder_decoder:
             config = copy.deepcopy(config)
             config.is_encoder_decoder = is_encoder_decoder
@@ -303,23 +341,24 @@ class _Classifier(T5GemmaPreTrainedModel):
             self.model = T5GemmaEncoderModel(config)
             width = config.encoder.hidden_size
             self._keys_to_ignore_on_load_unexpected = [r"^lm_head\.", r"(^|\.)decoder\."]
-        self.score = ClassificationHead(width, config.num_labels, config.classifier_dropout_rate)
+        self.score = ClassificationHead(width, self._num_scores or config.num_labels, config.classifier_dropout_rate)
         self.post_init()
 
-    def scores(
+    def read(
         self,
         input_ids: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
         decoder_input_ids: torch.Tensor | None,
         decoder_attention_mask: torch.Tensor | None,
         kwargs: dict[str, Any],
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any, Any]:
-        """Scores (B, T, labels) of every token, which of them are real, hidden states and attentions."""
+    ) -> _Read:
+        """Run the stacks. An encoder-decoder reads its input in the decoder as well, behind the start token."""
         kwargs = {**kwargs, "return_dict": True}
         real = real_tokens(attention_mask, None, input_ids, self.config.encoder.pad_token_id)
         if not self.config.is_encoder_decoder:
             outputs = self.model(input_ids, attention_mask=real, **kwargs)
-            return self.score(outputs.last_hidden_state), real, outputs.hidden_states, outputs.attentions
+            more = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+            return _Read(outputs.last_hidden_state, real, more)
         if decoder_input_ids is None and kwargs.get("decoder_inputs_embeds") is None:
             if input_ids is None:
                 raise ValueError(
@@ -339,7 +378,8 @@ class _Classifier(T5GemmaPreTrainedModel):
             **kwargs,
         )
         real = real_tokens(decoder_attention_mask, None, decoder_input_ids, self.config.decoder.pad_token_id)
-        return self.score(outputs.last_hidden_state), real, outputs.decoder_hidden_states, outputs.decoder_attentions
+        more = {"hidden_states": outputs.decoder_hidden_states, "attentions": outputs.decoder_attentions}
+        return _Read(outputs.last_hidden_state, real, more)
 
 
 class T5GemmaForSequenceClassification(_Classifier):
@@ -353,24 +393,21 @@ class T5GemmaForSequenceClassification(_Classifier):
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput:
         """Scores (B, labels), and the loss when labels (B,) are given.
 
-        The last token is found by the mask, wherever the padding is and whether tokens or embeddings came in.
+        The tokens are found by the mask, wherever the padding is and whether tokens or embeddings came in.
         """
-        scores, real, hidden_states, attentions = self.scores(
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, kwargs
-        )
-        last = torch.full((scores.shape[0],), scores.shape[1] - 1, device=scores.device)
-        if real is not None:
-            index = torch.arange(scores.shape[1], device=scores.device)
-            last = torch.where(real.to(scores.device), index, 0).argmax(dim=1)
-        pooled = scores[torch.arange(scores.shape[0], device=scores.device), last]
+        read = self.read(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, kwargs)
+        scores = self.score(read.pooled(self.config.classifier_pooling))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=scores, labels=labels, pooled_logits=pooled, config=self.config)
-        return SequenceClassifierOutput(loss=loss, logits=pooled, hidden_states=hidden_states, attentions=attentions)
+            loss = self.loss_function(
+                labels=labels, pooled_logits=scores, config=self.config, num_items_in_batch=num_items_in_batch
+            )
+        return SequenceClassifierOutput(loss=loss, logits=scores, **read.more)
 
 
 class T5GemmaForTokenClassification(_Classifier):
@@ -384,14 +421,81 @@ class T5GemmaForTokenClassification(_Classifier):
         decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Scores (B, T, labels), and the loss when labels (B, T) are given."""
-        scores, _, hidden_states, attentions = self.scores(
-            input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, kwargs
+        read = self.read(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, kwargs)
+        scores = self.score(read.hidden)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(scores, labels, self.config, num_items_in_batch=num_items_in_batch)
+        return TokenClassifierOutput(loss=loss, logits=scores, **read.more)
+
+
+class T5GemmaForMultipleChoice(_Classifier):
+    """One of several texts: each gets a score of its own, from one projection, and the softmax is over them."""
+
+    _num_scores = 1
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> MultipleChoiceModelOutput:
+        """Scores (B, choices), and the loss when labels (B,) are given.
+
+        Every other tensor is (B, choices, ...): tokens, masks, embeddings, those for the decoder.
+        """
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        choices = next(iter(tensors.values())).shape[1]
+        flat = {**given, **{name: value.flatten(0, 1) for name, value in tensors.items()}}
+        ids, mask, decoder_ids, decoder_mask = (
+            flat.pop(name, None)
+            for name in ("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask")
         )
-        loss = None if labels is None else self.loss_function(scores, labels, self.config)
-        return TokenClassifierOutput(loss=loss, logits=scores, hidden_states=hidden_states, attentions=attentions)
+        read = self.read(ids, mask, decoder_ids, decoder_mask, flat)
+        scores = self.score(read.pooled(self.config.classifier_pooling)).view(-1, choices)
+        loss = None if labels is None else cross_entropy(scores, labels, num_items_in_batch)
+        return MultipleChoiceModelOutput(loss=loss, logits=scores, **read.more)
+
+
+class T5GemmaForQuestionAnswering(_Classifier):
+    """Where in the input an answer begins and ends. Places are the encoder's, so the encoder alone reads them."""
+
+    _num_scores = 2
+
+    def __init__(self, config: T5GemmaConfig) -> None:
+        super().__init__(config, is_encoder_decoder=False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """Scores of every token as first and as last of the answer, (B, S) each, lowest where it is padding; the loss
+        when positions (B,) are given, S or more for an answer that is not in the input."""
+        read = self.read(input_ids, attention_mask, None, None, kwargs)
+        start, end = self.score(read.hidden).unbind(-1)
+        if read.real is not None:
+            lowest = torch.finfo(start.dtype).min
+            start, end = (each.masked_fill(~read.real.to(each.device), lowest) for each in (start, end))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(
+                start, end, start_positions, end_positions, num_items_in_batch=num_items_in_batch
+            )
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=start, end_logits=end, **read.more)
 
 
 class AdaptedSeq2SeqPreTrainedModel(T5GemmaPreTrainedModel):
@@ -423,3 +527,13 @@ class AdaptedSeq2SeqForSequenceClassification(T5GemmaForSequenceClassification):
 class AdaptedSeq2SeqForTokenClassification(T5GemmaForTokenClassification):
     config_class = AdaptedSeq2SeqConfig
     _auto_class = "AutoModelForTokenClassification"
+
+
+class AdaptedSeq2SeqForMultipleChoice(T5GemmaForMultipleChoice):
+    config_class = AdaptedSeq2SeqConfig
+    _auto_class = "AutoModelForMultipleChoice"
+
+
+class AdaptedSeq2SeqForQuestionAnswering(T5GemmaForQuestionAnswering):
+    config_class = AdaptedSeq2SeqConfig
+    _auto_class = "AutoModelForQuestionAnswering"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,16 @@ from ..training.evaluation import HeldOutPair
 from .records import require_columns
 from .rendering import Ids, Messages, Renderer, Text, UnusableRecord
 
-Made = TypeVar("Made")
+
+class Example(Protocol):
+    """What a record becomes; ``cut`` are the tokens that were left out."""
+
+    @property
+    def cut(self) -> int: ...
+
+
+Made = TypeVar("Made", bound=Example)
+Some = TypeVar("Some")
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +129,7 @@ def load_prompts(records: Any, renderer: Renderer, what: str, max_bad: int) -> t
     return _made(records, make, what, max_bad)
 
 
-def held_out(examples: Sequence[Made], count: int) -> tuple[list[Made], list[Made]]:
+def held_out(examples: Sequence[Some], count: int) -> tuple[list[Some], list[Some]]:
     """Those to train on, and ``count`` to measure on, evenly spread; the same ones every time.
 
     Raises:
@@ -165,7 +174,7 @@ def _made(
                 ) from error
             continue
         made.append(example)
-        loaded.cut += bool(getattr(example, "cut"))  # noqa: B009  # of either kind
+        loaded.cut += example.cut > 0
     if not made:
         raise UserError(f"{what} has nothing to train on: {loaded or 'it is empty'}.")
     return made, loaded

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..inference.adapters import BASE_FILE
 from ..training.curves import Panel
-from ..training.resumable import ResumableTrainer
 from ..training.trainer import AdaptationTrainer
-from .adapters import base_record
 from .decoder_only import DecoderOnlyTrainer
 from .generated_metrics import Answering
+from .tuned import AdapterTrainer
 
 
-class _Answers(ResumableTrainer):
-    """What both trainers add: generated answers are measured at every evaluation, and an adapter is saved with a
-    record of its base.
+class _Answers(AdapterTrainer):
+    """What both trainers add: generated answers are measured at every evaluation.
 
     Args:
         answering: how answers are generated; None for losses alone.
@@ -27,8 +22,6 @@ class _Answers(ResumableTrainer):
     """
 
     def __init__(self, model: Any, *args: Any, answering: Answering | None = None, **kwargs: Any) -> None:
-        # Taken now: a sharded model's weights are not at hand later.
-        self._base = base_record(model) if hasattr(model, "peft_config") else None
         self._answering = answering
         self._answered: dict[str, float] = {}
         super().__init__(model, *args, **kwargs)
@@ -74,13 +67,6 @@ class _Answers(ResumableTrainer):
             *super().panels(),
             Panel("generated answers, of 100", {label: f"eval_{name}" for label, name in names.items()}),
         ]
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self._base is not None and self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            (folder / BASE_FILE).write_text(json.dumps(self._base, indent=2) + "\n", encoding="utf-8")
-            self.model.get_base_model().generation_config.save_pretrained(folder)
 
 
 class SftTrainer(_Answers, AdaptationTrainer):

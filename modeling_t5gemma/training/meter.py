@@ -30,7 +30,8 @@ class Meter:
             part = part_of(name)
             if part != "embeddings":
                 sizes["encoder" if part == "encoder" else "decoder"] += parameter.numel()
-        head = student.get_output_embeddings().weight.numel()
+        embeddings = student.get_output_embeddings()
+        head = 0 if embeddings is None else embeddings.weight.numel()
         # A decoder-only model has no encoder: its decoder reads the source.
         self._of_source = 6 * (sizes["encoder"] or sizes["decoder"])
         self._of_target = 6 * (sizes["decoder"] + head)

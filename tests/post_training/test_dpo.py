@@ -292,7 +292,7 @@ def test_it_learns_a_preference_that_depends_on_the_question(tmp_path, seed):
     )
     likelier_at_the_start = _likelier(trainer)
     trainer.train()
-    assert 0.2 < likelier_at_the_start < 0.8 and _likelier(trainer) > 0.9
+    assert 0.2 < likelier_at_the_start < 0.8 and _likelier(trainer) > 0.85
     first, last = log_of(trainer, "eval_rewards/accuracies")
     assert first < 0.2 and last > 0.9  # rewards begin at 0, and equal ones are not counted as right
     assert log_of(trainer, "loss")[-1] < 0.6 * log_of(trainer, "loss")[0]
@@ -341,7 +341,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, kind):
         model = MODELS["layerwise"][0]()
         return make(
             tmp_path / folder,
-            with_lora(model) if kind == "adapter_off" else model,
+            with_lora(model, lora_dropout=0.1) if kind == "adapter_off" else model,
             steps=4,
             gradient_accumulation_steps=2,
             save_strategy="steps",

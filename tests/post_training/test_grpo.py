@@ -310,7 +310,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, iteratio
         torch.manual_seed(0)
         return make(
             tmp_path / folder,
-            with_lora(MODELS["layerwise"][0]()),
+            with_lora(MODELS["layerwise"][0](), lora_dropout=0.1),
             steps=5,
             batch=2,
             rewards=(begins_right, small_words),
