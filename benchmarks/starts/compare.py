@@ -1,12 +1,13 @@
 """How cross-attention begins, and what an encoder-decoder makes of its encoder after minutes of training.
 
-    python benchmarks/starts.py --source gemma-3-270m --text handbook.txt --output starts
-    python benchmarks/starts.py --source gemma-3-270m --text handbook.txt --output starts --only layerwise copy
+    python benchmarks/starts/handbook.py handbook.txt
+    python benchmarks/starts/compare.py --source gemma-3-270m --text handbook.txt --output starts
+    python benchmarks/starts/compare.py --source gemma-3-270m --text handbook.txt --output starts --only layerwise copy
 
 Each start is converted by ``t5gemma convert`` and adapted by ``examples/adapt.py`` on the same windows of 128 + 128
 tokens: PrefixLM, distilled from the original, 46 steps of 8 windows. The table has held-out losses in nats a target
-token, and the encoder's use: what another window's prefix costs. A start that is finished is not run again, and one
-that was stopped goes on.
+token, and the encoder's use: what another window's prefix costs; OUTPUT/curves.png has the curves. A start that is
+finished is not run again, and one that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 STEPS, BATCH, WINDOW, HELD_OUT = 46, 8, 256, 32
 
 
@@ -126,6 +128,30 @@ def row(start: Start, summary: dict[str, Any]) -> str:
     )
 
 
+def draw_all(path: Path, summaries: dict[str, dict[str, Any]], teacher: dict[str, Any] | None) -> None:
+    """The curves of all starts in one picture."""
+    from modeling_t5gemma.training.curves import Panel, draw
+
+    history = [
+        {key if key == "step" else f"{name}/{key}": value for key, value in entry.items()}
+        for name, summary in summaries.items()
+        for entry in summary["log"]
+        # What separate cross-attention begins with would hide all the rest.
+        if entry.get("eval_loss", 0) < 5
+    ]
+    losses = {} if teacher is None else {"the original": teacher["right"], "the same, no prefix": teacher["without"]}
+    use = {} if teacher is None else {"the original": teacher["use"]}
+    panels = [
+        Panel(title, {name: f"{name}/{key}" for name in summaries}, {name: x["mean"] for name, x in levels.items()})
+        for title, key, levels in (
+            ("training loss: distance to the original, nats", "loss", {}),
+            ("held-out loss below 5, nats a token", "eval_loss", losses),
+            ("encoder use, nats a token", "eval_encoder_use", use),
+        )
+    ]
+    draw(path, history, panels)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="the decoder-only model, a folder")
@@ -142,6 +168,7 @@ def main() -> None:
     for name, summary in summaries.items():
         print(row(STARTS[name], summary))
     teacher = next((summary["teacher"] for summary in summaries.values() if summary["teacher"]), None)
+    draw_all(given.output / "curves.png", summaries, teacher)
     if teacher is not None:
         right, without, use = (teacher[name] for name in ("right", "without", "use"))
         print(
