@@ -33,9 +33,9 @@ from sentence_transformers.sentence_transformer.losses import (
 
 from modeling_t5gemma.cli import run
 from modeling_t5gemma.embeddings import sentence_transformer
-from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.post_training.records import load_records, require_columns
 from modeling_t5gemma.training.run import copy_papers
+from modeling_t5gemma.training.script import instantiate, on_this_machine
 
 SHOWN = ("accuracy@1", "accuracy@10", "mrr@10", "ndcg@10")
 
@@ -108,7 +108,7 @@ def parser() -> ArgumentParser:
     made.add_argument("--training", type=SentenceTransformerTrainingArguments)
     made.set_defaults(
         {
-            "training.use_cpu": not torch.accelerator.is_available(),
+            **on_this_machine(),
             "training.per_device_train_batch_size": 32,
             "training.learning_rate": 2e-5,
             "training.warmup_steps": 0.1,
@@ -128,12 +128,7 @@ def settings_of(arguments: list[str] | None = None) -> Settings:
     Raises:
         UserError: the training settings don't fit each other.
     """
-    cli = parser()
-    parsed = cli.parse_args(arguments)
-    try:
-        given = cli.instantiate(parsed)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"The training settings don't fit: {error}") from error
+    given = instantiate(parser(), arguments)
     return Settings(given.model, given.data, given.training, given.contrast)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
 from jsonargparse import ArgumentParser
 from transformers import Seq2SeqTrainingArguments
 
@@ -24,6 +23,7 @@ from modeling_t5gemma.superglue.run import Settings, Stopped, run_tasks
 from modeling_t5gemma.superglue.search import How
 from modeling_t5gemma.superglue.settings import DataSettings, HeadSettings, SpaceSettings
 from modeling_t5gemma.superglue.tasks import tasks_named
+from modeling_t5gemma.training.script import instantiate, on_this_machine
 
 
 def parser() -> ArgumentParser:
@@ -45,24 +45,18 @@ def parser() -> ArgumentParser:
     made.add_argument("--space", type=SpaceSettings, default=SpaceSettings())
     made.add_argument("--training", type=Seq2SeqTrainingArguments, help="its learning rate, batch and seed are unused")
     made.add_argument("--compare", nargs="+", default=[], help="folders of models that were run, for one table")
-    # The Trainer refuses bf16 on a CPU that it was not told of.
-    made.set_defaults({"training.use_cpu": not torch.accelerator.is_available()})
+    made.set_defaults(on_this_machine())
     return made
 
 
 def main() -> None:
     """Run; exit code 0 when everything asked for is done, 143 or 130 when a signal ended it before."""
-    cli = parser()
-    parsed = cli.parse_args()
-    output = Path(parsed.output)
-    if parsed.compare:
+    given = instantiate(parser())
+    output = Path(given.output)
+    if given.compare:
         output.mkdir(parents=True, exist_ok=True)
-        print(compare([Path(folder) for folder in parsed.compare], output), end="")
+        print(compare([Path(folder) for folder in given.compare], output), end="")
         return
-    try:
-        given = cli.instantiate(parsed)
-    except (ValueError, ImportError) as error:
-        raise UserError(f"The training settings don't fit: {error}") from error
     tasks = tasks_named(given.task)
     folders = {path: output / Path(path).name for path in given.model}
     if not folders or len(set(folders.values())) != len(given.model):

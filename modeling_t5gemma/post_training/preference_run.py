@@ -94,8 +94,8 @@ class DpoRun:
     model: ModelSettings
     data: PairDataSettings
     training: TrainingArguments
-    dpo: DpoSettings
-    tuning: PolicySettings
+    dpo: DpoSettings = field(default_factory=DpoSettings)
+    tuning: PolicySettings = field(default_factory=PolicySettings)
     lora: LoraSettings | None = None
 
 
@@ -106,8 +106,8 @@ class GrpoRun:
     model: ModelSettings
     data: PromptDataSettings
     training: TrainingArguments
-    grpo: GrpoSettings
-    tuning: PolicySettings
+    grpo: GrpoSettings = field(default_factory=GrpoSettings)
+    tuning: PolicySettings = field(default_factory=PolicySettings)
     lora: LoraSettings | None = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ class Settings:
     model: ModelSettings
     data: AnswerDataSettings
     training: TrainingArguments
-    distillation: DistillationSettings
-    tuning: TuningSettings
-    evaluation: EvaluationSettings
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
+    tuning: TuningSettings = field(default_factory=TuningSettings)
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     lora: LoraSettings | None = None
 
 

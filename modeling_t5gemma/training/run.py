@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ class Settings:
     model: ModelSettings
     data: DataSettings
     training: TrainingArguments
-    objective: ObjectiveSettings
-    distillation: DistillationSettings
-    recipe: RecipeSettings
+    objective: ObjectiveSettings = field(default="prefix_lm", metadata={"help": "docs/training.md has the forms"})
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)
 
 
 def make_trainer(settings: Settings) -> AdaptationTrainer:

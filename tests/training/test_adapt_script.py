@@ -121,9 +121,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(config, tmp_path):
 
 
 def parse(adapt, *arguments: str):
-    cli = adapt.parser()
-    given = cli.instantiate(cli.parse_args(list(arguments)))
-    return adapt.Settings(given.model, given.data, given.training, given.objective, given.distillation, given.recipe)
+    return adapt.settings_of(list(arguments))[0]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
