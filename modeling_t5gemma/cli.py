@@ -15,6 +15,7 @@ from modeling_t5gemma.commands.fill import fill
 from modeling_t5gemma.commands.generate import generate
 from modeling_t5gemma.commands.inspect import inspect
 from modeling_t5gemma.commands.merge import merge
+from modeling_t5gemma.commands.publish import publish
 from modeling_t5gemma.commands.teacher_cache import teacher_cache
 from modeling_t5gemma.commands.tokenize import tokenize
 from modeling_t5gemma.commands.verify import verify
@@ -31,6 +32,7 @@ app.command()(merge)
 app.command()(generate)
 app.command()(chat)
 app.command()(fill)
+app.command()(publish)
 
 
 @app.callback()

@@ -1,0 +1,153 @@
+"""How a checkpoint was trained and what that took, from the ``run.json`` and ``summary.json`` of its runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..conversion.source import read_json
+from ..training.claims import RUN_FILE
+from .results import Result
+from .settings import is_repository
+
+SUMMARY_FILE = "summary.json"
+# What of transformers' arguments a reader wants, and how to call it.
+_TRAINING = {
+    "max_steps": "steps",
+    "optim": "optimizer",
+    "adam_beta1": "Adam beta 1",
+    "adam_beta2": "Adam beta 2",
+    "learning_rate": "learning rate",
+    "lr_scheduler_type": "schedule",
+    "warmup_steps": "warm-up",
+    "weight_decay": "weight decay",
+    "max_grad_norm": "gradient's norm clipped at",
+    "bf16": "bfloat16 autocast",
+    "seed": "seed",
+}
+_OTHER = {
+    "objective": ("",),
+    "distillation": ("divergence", "temperature", "share"),
+    "recipe": ("frozen", "learning_rates", "alone", "joining"),
+    "tuning": ("frozen", "learning_rates"),
+    "lora": ("rank", "alpha", "dropout", "targets"),
+    "data": ("window", "pack", "max_source", "max_target", "columns"),
+}
+_HELD_OUT = {"eval_loss": "loss", "eval_encoder_use": "encoder use"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, for a card.
+
+    Attributes:
+        rows: setting and value.
+        compute: measure and value.
+        datasets: Hub datasets that it read.
+        held_out: what it measured last on text that it was not trained on.
+    """
+
+    rows: list[tuple[str, str]]
+    compute: list[tuple[str, str]]
+    datasets: list[str]
+    held_out: list[Result]
+
+
+def read_recipe(run: Path, checkpoint: Path) -> Recipe:
+    """The recipe of a run, up to a checkpoint if that is one of the run's.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    settings = read_json(run / RUN_FILE)
+    summary = read_json(run / SUMMARY_FILE) if (run / SUMMARY_FILE).is_file() else {}
+    log: list[dict[str, Any]] = summary.get("log", [])
+    step = summary.get("step")
+    if checkpoint.resolve().parent == run:
+        step = int(checkpoint.resolve().name.rpartition("-")[2])
+        log = [entry for entry in log if entry.get("step", 0) <= step and "train_runtime" not in entry]
+    sources = list(_sources(settings.get("data") or {}))
+    datasets = [source for source in sources if is_repository(source) and not Path(source).exists()]
+    rows = list(_rows(settings))
+    if step is not None:
+        rows.append(("trained for", f"{step} steps"))
+    rows.append(("text", ", ".join(source if source in datasets else Path(source).name for source in sources)))
+    model = settings.get("model")
+    rows.append(("teacher", _name(model.get("teacher") if isinstance(model, dict) else None)))
+    return Recipe([row for row in rows if row[1]], list(_compute(log)), datasets, _held_out(log, datasets, sources))
+
+
+def _rows(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    model = settings.get("model")
+    taught = isinstance(model, dict) and bool(model.get("teacher") or model.get("teacher_cache"))
+    for section, keys in _OTHER.items():
+        held = settings.get(section) if section != "distillation" or taught else None
+        if keys == ("",):
+            yield section, _told(held)
+        elif isinstance(held, dict):
+            yield from ((f"{section}: {key.replace('_', ' ')}", _told(held.get(key))) for key in keys)
+    training = settings.get("training") or {}
+    yield from ((title, _told(training.get(key))) for key, title in _TRAINING.items())
+
+
+def _compute(log: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
+    def logged(key: str) -> list[float]:
+        return [entry[key] for entry in log if key in entry]
+
+    if seconds := logged("train_runtime"):
+        yield "time of the last session", f"{seconds[-1] / 3600:.2f} h"
+    if rates := logged("tokens_per_second"):
+        yield "real tokens a second", f"{statistics.fmean(rates):,.0f}"
+    if shares := logged("model_flops_utilisation"):
+        yield "of the machine's matrix-product rate", f"{statistics.fmean(shares):.0%}"
+    if peaks := logged("peak_memory_gib"):
+        yield "peak memory of a process", f"{max(peaks):.1f} GiB"
+
+
+def _held_out(log: Sequence[dict[str, Any]], datasets: list[str], sources: list[str]) -> list[Result]:
+    measured: dict[str, float] = {}
+    for entry in log:
+        measured |= {key: entry[key] for key in _HELD_OUT if key in entry}
+    origin = Path(sources[0]).name if sources else "training text"
+    return [
+        Result(
+            dataset=datasets[0] if datasets and datasets[0] == sources[0] else None,
+            name=f"windows of {origin} kept out of training",
+            task="held-out",
+            metric=title,
+            value=measured[key],
+            notes="nats a target token",
+            benchmark=False,
+        )
+        for key, title in _HELD_OUT.items()
+        if key in measured
+    ]
+
+
+def _sources(section: Any) -> Iterator[str]:
+    """Every ``path`` in the data section, whose layout is the trainer's own."""
+    if isinstance(section, dict):
+        if isinstance(section.get("path"), str):
+            yield section["path"]
+        for value in section.values():
+            yield from _sources(value)
+    elif isinstance(section, list):
+        for value in section:
+            yield from _sources(value)
+
+
+def _told(value: Any) -> str:
+    """A setting as a reader wants it; "" for one that is off."""
+    if value is None or value is False or value in ("", [], {}):
+        return ""
+    return "yes" if value is True else value if isinstance(value, str) else json.dumps(value)
+
+
+def _name(place: str | None) -> str:
+    if place is None:
+        return ""
+    return place if is_repository(place) and not Path(place).exists() else Path(place).name

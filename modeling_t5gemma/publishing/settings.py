@@ -1,0 +1,66 @@
+"""What is to be published, and what only the user can say about it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+# ISO 639-1 to 639-3, and the Hub's two words for what is no language.
+_LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """Settings of ``t5gemma publish``.
+
+    Attributes:
+        checkpoint: an encoder-decoder's folder.
+        repository: OWNER/NAME on the Hub.
+        runs: folders of the runs that trained it, beyond the one that it lies in.
+        bases: Hub repositories that its weights derive from, instead of those that its records name.
+        teachers: models whose output it was trained on, instead of those that the runs name.
+        from_scratch: it derives from no other model.
+        terms: a copy of the terms that a derivative has to carry.
+        license: the Hub's identifier; left out, what the terms ask for.
+        languages, datasets: for the card's metadata, the second beside those that the runs name.
+        evaluations: files of results, see ``results.read_results``.
+        hardware: what it was trained on, for the card.
+        public: whether everybody sees the repository.
+    """
+
+    checkpoint: Path
+    repository: str
+    runs: tuple[Path, ...] = ()
+    bases: tuple[str, ...] = ()
+    teachers: tuple[str, ...] = ()
+    from_scratch: bool = False
+    terms: Path | None = None
+    license: str | None = None
+    languages: tuple[str, ...] = ()
+    datasets: tuple[str, ...] = ()
+    evaluations: tuple[Path, ...] = ()
+    hardware: str | None = None
+    public: bool = False
+
+    def __post_init__(self) -> None:
+        for option, names in (("The repository", (self.repository,)), ("--base", self.bases)):
+            for name in names:
+                if not is_repository(name):
+                    raise UserError(f"{option} {name!r} is not the name of a Hub repository. Give OWNER/NAME.")
+        for language in self.languages:
+            if not _LANGUAGE.fullmatch(language):
+                raise UserError(
+                    f"--language {language!r} is no ISO 639 code. Give two or three small letters, as en, or "
+                    "multilingual."
+                )
+        if self.from_scratch and self.bases:
+            raise UserError("--from-scratch and --base contradict each other. Give one of them.")
+
+
+def is_repository(name: str) -> bool:
+    """Whether this is written as the Hub's repositories are, OWNER/NAME."""
+    return bool(_REPOSITORY.fullmatch(name)) and not name.startswith(".")
