@@ -11,6 +11,7 @@ from tqdm import tqdm
 from modeling_t5gemma.conversion.averaging import average
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.training.checkpoints import complete_checkpoints
+from modeling_t5gemma.training.papers import papers_of_run
 
 
 def average_command(
@@ -28,7 +29,8 @@ def average_command(
         checkpoints = _last_of(checkpoints, last)
     parts = _parsed(weights) if weights is not None else [1 / len(checkpoints)] * len(checkpoints)
     with tqdm(unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
-        average(checkpoints, parts, output, overwrite=overwrite, on_bytes=bar.update)
+        extra = papers_of_run(checkpoints[-1])
+        average(checkpoints, parts, output, extra=extra, overwrite=overwrite, on_bytes=bar.update)
     typer.echo(
         f"{output}: the mean of {', '.join(f'{w:g} {c.name}' for w, c in zip(parts, checkpoints, strict=True))}"
     )

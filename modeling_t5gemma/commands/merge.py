@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,7 @@ from modeling_t5gemma.conversion.staging import check_output, staged
 from modeling_t5gemma.inference.adapters import load_adapter, read_base
 from modeling_t5gemma.post_training.adapters import merge_adapter
 from modeling_t5gemma.training.loading import load_config, loaded
-from modeling_t5gemma.training.run import copy_papers
+from modeling_t5gemma.training.papers import copy_papers, papers_of_run
 from modeling_t5gemma.training.tokenizing import load_tokenizer
 
 
@@ -37,4 +38,6 @@ def merge(
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         copy_papers(path, folder)
+        for file in papers_of_run(adapter):
+            shutil.copyfile(file, folder / file.name)
     typer.echo(f"{output}: {path} with {adapter} merged into it.")

@@ -28,6 +28,7 @@ def average(
     weights: Sequence[float],
     output: Path,
     *,
+    extra: Sequence[Path] = (),
     overwrite: bool = False,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> None:
@@ -37,6 +38,7 @@ def average(
 
     Args:
         weights: one a checkpoint; they sum to 1.
+        extra: files to put beside what the last checkpoint has.
         on_bytes: called with the number of bytes of each piece written.
 
     Raises:
@@ -55,6 +57,9 @@ def average(
     total = sum(nbytes(tensor.shape, tensor.dtype) for tensor in stored[-1].values())
     with staged(output, overwrite=overwrite, needed=total) as folder:
         shutil.copytree(checkpoints[-1], folder, ignore=shutil.ignore_patterns(*_OF_THE_RUN), dirs_exist_ok=True)
+        for path in extra:
+            if not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
         for file, names in files.items():
             ordered = sorted(names, key=lambda name: -stored[-1][name].dtype.itemsize)
             write_safetensors(folder / file, [_mean(name, stored, weights) for name in ordered], on_bytes)

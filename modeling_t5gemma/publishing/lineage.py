@@ -18,6 +18,7 @@ from ..conversion.family import Legal
 from ..conversion.source import read_json
 from ..errors import UserError
 from ..training.claims import RUN_FILE
+from ..training.papers import run_of
 from ..training.teacher_cache import INDEX as TEACHER_CACHE_INDEX
 from .settings import Publication, is_repository
 
@@ -108,7 +109,7 @@ class _Tracer:
             return
         self._seen.add(path)
         self._folder(path)
-        run = _run_of(path)
+        run = run_of(path)
         if (path / RECORD_FILE).is_file():
             self._conversion(read_json(path / RECORD_FILE))
         if run is not None:
@@ -183,11 +184,3 @@ class _Tracer:
     def _add(names: list[Any], name: Any) -> None:
         if name not in names:
             names.append(name)
-
-
-def _run_of(path: Path) -> Path | None:
-    """The run that a folder is the output or a checkpoint of."""
-    for folder in (path, path.parent) if path.name.startswith("checkpoint-") else (path,):
-        if (folder / RUN_FILE).is_file():
-            return folder
-    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..errors import UserError
 from ..objectives import Objective, check_window, load_sentinels, save_sentinels, schedule_from, sentinels_of
 from .claims import claim, describe
 from .loading import layout_of, load_student, load_teacher
+from .papers import copy_papers
 from .resumable import ResumableTrainer
 from .rows import Rows
 from .settings import DataSettings, DistillationSettings, ModelSettings, ObjectiveSettings, RecipeSettings
@@ -24,8 +24,6 @@ from .text import samples_of
 from .tokenizing import load_tokenizer
 from .trainer import AdaptationTrainer, Recipe
 
-# What a checkpoint says about its licence, and the code that one of our own model type carries.
-PAPERS = ("NOTICE*", "LICENSE*", "*TERMS*", "*.py")
 ALONE_WHERE_DRAWN = 1000  # "Encoder-Decoder Gemma" (arXiv 2504.06225), section 3
 
 
@@ -111,14 +109,6 @@ def save_adapted(trainer: ResumableTrainer, converted: str) -> None:
     trainer.save_model()
     if trainer.args.should_save:
         copy_papers(converted, Path(trainer.args.output_dir))
-
-
-def copy_papers(checkpoint: str, output: Path) -> None:
-    """Copy terms and notices, and code, of a checkpoint that is a local folder."""
-    if Path(checkpoint).is_dir():
-        for pattern in PAPERS:
-            for path in Path(checkpoint).glob(pattern):
-                shutil.copyfile(path, output / path.name)
 
 
 def _check_lengths(

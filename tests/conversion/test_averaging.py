@@ -53,6 +53,18 @@ def test_the_last_n(run, tmp_path, monkeypatch):
     ]
 
 
+def test_terms_and_settings_of_the_run_go_with_the_mean(run, tmp_path):
+    """They lie with the run, or until its end with what it began as: hazard 37."""
+    folder, _ = run
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "NOTICE").write_text("terms")
+    (folder / "run.json").write_text(json.dumps({"model": {"path": str(tmp_path / "begun")}}))
+    command = ["average", str(folder), "--last", "2", "--output", str(tmp_path / "mean"), "--quiet"]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    assert (tmp_path / "mean" / "NOTICE").read_text() == "terms"
+    assert (tmp_path / "mean" / "run.json").read_bytes() == (folder / "run.json").read_bytes()
+
+
 def test_a_weighted_merge_of_two(run, tmp_path):
     folder, models = run
     average([folder / "checkpoint-2", folder / "checkpoint-6"], [0.75, 0.25], tmp_path / "merged")

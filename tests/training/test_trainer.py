@@ -184,6 +184,28 @@ def test_accumulated_micro_batches_weigh_by_their_tokens(tmp_path):
     assert losses(one)[0] == pytest.approx(losses(two)[0], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options, tolerance",
+    [
+        ({"gradient_checkpointing": True}, 1e-5),
+        ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, 1e-4),
+        ({"optim": "adamw_torch_fused"}, 1e-4),
+        ({"bf16": True}, 3e-2),
+        pytest.param({"optim": "adamw_bnb_8bit"}, 3e-2, marks=pytest.mark.needs("bitsandbytes")),
+    ],
+    ids=lambda value: next(iter(value.values())) if isinstance(value, dict) else "",
+)
+def test_what_the_trainer_has_for_large_models_computes_the_same(tmp_path, options, tolerance):
+    torch.manual_seed(0)
+    plain = make(tmp_path / "plain", tiny.layerwise(tiny.gemma3(), bidirectional_layers="all"), steps=3)
+    plain.train()
+    torch.manual_seed(0)
+    other = make(tmp_path / "other", tiny.layerwise(tiny.gemma3(), bidirectional_layers="all"), steps=3, **options)
+    other.train()
+    assert losses(other) == pytest.approx(losses(plain), rel=tolerance)
+    assert losses(other) != [losses(other)[0]] * 3
+
+
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path):
     trainer = make(tmp_path, steps=6, save_total_limit=1)
     trainer.add_callback(_AtStep(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))

@@ -1,0 +1,40 @@
+"""What goes with weights wherever they go: terms and notices, code of a model type of our own, a run's settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from .claims import RUN_FILE
+
+# What a checkpoint says about its licence, and the code that one of our own model type carries.
+PAPERS = ("NOTICE*", "LICENSE*", "*TERMS*", "*.py")
+
+
+def copy_papers(checkpoint: str, output: Path) -> None:
+    """Copy terms and notices, and code, of a checkpoint that is a local folder."""
+    for path in _papers(Path(checkpoint)):
+        shutil.copyfile(path, output / path.name)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that a folder is the output or a checkpoint of."""
+    for folder in (checkpoint, checkpoint.parent) if checkpoint.name.startswith("checkpoint-") else (checkpoint,):
+        if (folder / RUN_FILE).is_file():
+            return folder
+    return None
+
+
+def papers_of_run(checkpoint: Path) -> list[Path]:
+    """What has to accompany weights made of a run's checkpoint: the run's settings, which tell where it comes from,
+    and the papers of the run or of the local checkpoint that it began as. Nothing where there was no run."""
+    run = run_of(checkpoint)
+    if run is None:
+        return []
+    begun = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["model"]["path"]
+    return [run / RUN_FILE, *(_papers(run) or _papers(Path(begun)))]
+
+
+def _papers(folder: Path) -> list[Path]:
+    return [path for pattern in PAPERS for path in folder.glob(pattern)] if folder.is_dir() else []
