@@ -11,12 +11,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .blocked_attention import blocked_attention
 from .flash_attention import flash_attention
 from .flex_attention import flex_attention
 from .masks import AttentionPattern
+from .packed_attention import by_document
 
 AUTO = "auto"
 Attended = tuple[torch.Tensor, torch.Tensor | None]
@@ -181,8 +183,14 @@ def attention(
         device=q_BNTH.device.type,
         dtype=q_BNTH.dtype,
     )
-    call = _CALLS[resolve_backend(backend, needs)]
-    return call(q_BNTH, k_BGSH, v_BGSH, pattern, scale, softcap, dropout)
+    name = resolve_backend(backend, needs)
+    call = _CALLS[name]
+    if pattern.query_segments is None or name not in _BY_DOCUMENT or needs.device != "cpu" or is_compiling():
+        return call(q_BNTH, k_BGSH, v_BGSH, pattern, scale, softcap, dropout)
+    out_BNTH = by_document(
+        q_BNTH, k_BGSH, v_BGSH, pattern, lambda q, k, v, each: call(q, k, v, each, scale, softcap, dropout)[0]
+    )
+    return out_BNTH, None
 
 
 def _preference(needs: Needs) -> tuple[str, ...]:
@@ -262,6 +270,10 @@ def _without_weights(kernel: Callable[..., torch.Tensor], **fixed: Any) -> Calla
 
     return call
 
+
+# Kernels that on a CPU are faster with documents side by side than in rows. What they are depends on values, which a
+# compiled graph does not know.
+_BY_DOCUMENT = ("sdpa", "blocked")
 
 _CALLS: dict[str, Callable[..., Attended]] = {
     "eager": _eager,

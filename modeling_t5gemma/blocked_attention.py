@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any
 
 import torch
@@ -36,8 +36,6 @@ from .masks import AttentionPattern
 # found out by the block; a tile takes in a span of blocks.
 QUERY_BLOCK = 256
 KEY_BLOCK = 64
-# A block of queries in a packed row ends with a document once it has so many.
-PACKED_QUERY_BLOCK = 64
 KEY_SPAN = 512
 TILE_ELEMENTS = 2**20
 # So many scores are one tile: finding out which may be left out would cost more than it saves.
@@ -130,35 +128,18 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 # What a block of queries may see
 
 
-def _edges(length: int, size: int, segments: Tensor | None, smallest: int) -> list[slice]:
-    """Blocks of ``size``; in a packed row they also end with a document once they have ``smallest`` elements."""
-    if segments is None or segments.shape[0] > 1:
-        return list(_slices(length, size))
-    borders = ((segments[0, 1:] != segments[0, :-1]).nonzero()[:, 0] + 1).tolist()
-    blocks, start = [], 0
-    for border in (*borders, length):
-        while border - start > size:
-            blocks.append(slice(start, start + size))
-            start += size
-        if border - start >= smallest or border == length:
-            blocks.append(slice(start, border))
-            start = border
-    return blocks
-
-
-def _bounds(positions: Tensor, segments: Tensor | None, valid: Tensor | None, blocks: list[slice]) -> Tensor:
+def _bounds(positions: Tensor, segments: Tensor | None, valid: Tensor | None, size: int) -> Tensor:
     """The lowest and the highest position, segment and validity in each block: int64 (2, 3, blocks), on the CPU."""
     facts = torch.broadcast_tensors(
         positions,
         torch.zeros_like(positions) if segments is None else segments,
         torch.ones_like(positions) if valid is None else valid.to(positions.dtype),
     )
-    starts, ends = (torch.tensor(x, device=positions.device) for x in zip(*((b.start, b.stop) for b in blocks)))
-    # A block is filled up with its last element, which changes no bound.
-    size = max(block.stop - block.start for block in blocks)
-    index = torch.minimum(starts[:, None] + torch.arange(size, device=positions.device), ends[:, None] - 1)
-    found = torch.stack(facts)[:, :, index]
-    return torch.stack((found.amin((1, 3)), found.amax((1, 3)))).cpu()
+    length = positions.shape[1]
+    # The last block is filled up with its last element, which changes no bound.
+    index = torch.arange(-(-length // size) * size, device=positions.device).clamp(max=length - 1)
+    blocks = torch.stack(facts)[:, :, index].unflatten(2, (-1, size))
+    return torch.stack((blocks.amin((1, 3)), blocks.amax((1, 3)))).cpu()
 
 
 @dataclass(frozen=True)
@@ -171,14 +152,13 @@ class _Span:
 
 def _blocks(pattern: AttentionPattern) -> Iterator[tuple[slice, list[_Span]]]:
     """Each block of queries with the spans it visits; a span that any row may see is visited for all."""
-    queries = _edges(pattern.query_positions.shape[1], QUERY_BLOCK, pattern.query_segments, PACKED_QUERY_BLOCK)
-    keys = _edges(pattern.key_positions.shape[1], KEY_BLOCK, pattern.key_segments, 1)
-    q_low, q_high = _bounds(pattern.query_positions, pattern.query_segments, None, queries)
-    k_low, k_high = _bounds(pattern.key_positions, pattern.key_segments, pattern.key_valid, keys)
-    for block, query in zip(queries, zip(q_low.T.tolist(), q_high.T.tolist())):
+    q_low, q_high = _bounds(pattern.query_positions, pattern.query_segments, None, QUERY_BLOCK)
+    k_low, k_high = _bounds(pattern.key_positions, pattern.key_segments, pattern.key_valid, KEY_BLOCK)
+    queries, keys = pattern.query_positions.shape[1], pattern.key_positions.shape[1]
+    for index, query in enumerate(zip(q_low.T.tolist(), q_high.T.tolist())):
         possible, whole = _reach(pattern, query, (k_low, k_high))
         sight = (possible.int() + (possible & whole).int()).tolist()
-        yield block, list(_spans(sight, keys))
+        yield _cut(index, index + 1, QUERY_BLOCK, queries), list(_spans(sight, keys))
 
 
 def _reach(
@@ -199,26 +179,17 @@ def _reach(
     return possible, whole
 
 
-def _spans(sight: list[int], blocks: list[slice]) -> Iterator[_Span]:
+def _spans(sight: list[int], keys: int) -> Iterator[_Span]:
     """Spans of nearly equal length in each run of visible blocks; sight is 0 hidden, 1 in part, 2 whole."""
     for start, stop in _runs([seen > 0 for seen in sight]):
-        first = start
-        for last in _ends(blocks, start, stop):
+        pieces = -(-(stop - start) * KEY_BLOCK // KEY_SPAN)
+        edges = [start + (stop - start) * piece // pieces for piece in range(pieces + 1)]
+        for first, last in pairwise(edges):
             partial = _runs([seen == 1 for seen in sight[first:last]])
-            yield _Span(_cut(first, last, blocks), tuple(_cut(first + a, first + b, blocks) for a, b in partial))
-            first = last
-
-
-def _ends(blocks: list[slice], start: int, stop: int) -> Iterator[int]:
-    """After which blocks of a run a span ends, so that none has more than KEY_SPAN keys."""
-    keys = blocks[stop - 1].stop - blocks[start].start
-    most = -(-keys // -(-keys // KEY_SPAN) // KEY_BLOCK) * KEY_BLOCK
-    begin = blocks[start].start
-    for index in range(start + 1, stop):
-        if blocks[index].stop - begin > most:
-            yield index
-            begin = blocks[index].start
-    yield stop
+            yield _Span(
+                _cut(first, last, KEY_BLOCK, keys),
+                tuple(_cut(first + a, first + b, KEY_BLOCK, keys) for a, b in partial),
+            )
 
 
 def _runs(flags: list[bool]) -> list[tuple[int, int]]:
@@ -232,9 +203,9 @@ def _runs(flags: list[bool]) -> list[tuple[int, int]]:
     return runs
 
 
-def _cut(first: int, last: int, blocks: list[slice]) -> slice:
+def _cut(first: int, last: int, size: int, length: int) -> slice:
     """The elements of the blocks from first to before last."""
-    return slice(blocks[first].start, blocks[last - 1].stop)
+    return slice(first * size, min(last * size, length))
 
 
 # Strips: the queries of one block in some rows and heads
@@ -340,9 +311,8 @@ class _Call:
         self.tile_elements = self.pairs * of_pair
 
     def strips(self) -> Iterator[_Strip]:
-        """All the work. Rows are taken together only if all their heads are, and packed rows never."""
-        packed = self.pattern.query_segments is not None and not self.small
-        for rows in _slices(self.batch, 1 if packed else max(1, self.pairs // self.kv_heads)):
+        """All the work. Rows are taken together only if all their heads are."""
+        for rows in _slices(self.batch, max(1, self.pairs // self.kv_heads)):
             pattern = _of_rows(self.pattern, rows)
             for queries, spans in self._blocks(pattern):
                 if not spans:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import sys
 from contextlib import contextmanager
 
@@ -19,14 +18,7 @@ from modeling_t5gemma.masks import AttentionPattern, join
 
 SCALE = 0.3
 # So small that short sequences have every kind of tile.
-SMALL_TILES = {
-    "QUERY_BLOCK": 8,
-    "KEY_BLOCK": 4,
-    "KEY_SPAN": 12,
-    "TILE_ELEMENTS": 200,
-    "SMALL_WORK": 0,
-    "PACKED_QUERY_BLOCK": 3,
-}
+SMALL_TILES = {"QUERY_BLOCK": 8, "KEY_BLOCK": 4, "KEY_SPAN": 12, "TILE_ELEMENTS": 200, "SMALL_WORK": 0}
 
 
 @contextmanager
@@ -481,21 +473,3 @@ def test_errors_say_what_is_wrong():
         blocked_attention(q[:, :, :8], k, v, pattern, scale=SCALE)
     with pytest.raises(ValueError, match="has to be positive"):
         blocked_attention(q, k, v, pattern, scale=SCALE, softcap=0.0)
-
-
-def test_blocks_of_a_packed_row_end_with_its_documents():
-    lengths = [100, 20, 30, 300, 62]
-    segments = torch.repeat_interleave(torch.arange(1, 6), torch.tensor(lengths))[None]
-    blocks = kernel._edges(512, 256, segments, 64)
-    assert [(block.start, block.stop) for block in blocks] == [(0, 100), (100, 356), (356, 450), (450, 512)]
-    assert kernel._edges(512, 256, None, 64) == [slice(0, 256), slice(256, 512)]
-
-
-@pytest.mark.parametrize("sizes", [[64] * 9, [64, 1, 64, 7] * 20, [5] * 300, [64] * 8, [3]])
-def test_spans_hold_all_keys_and_fit_a_tile(sizes):
-    edges = [0, *torch.tensor(sizes).cumsum(0).tolist()]
-    blocks = [slice(a, b) for a, b in itertools.pairwise(edges)]
-    spans = list(kernel._spans([2] * len(sizes), blocks))
-    assert [span.keys.start for span in spans] == [0, *(span.keys.stop for span in spans[:-1])]
-    assert spans[-1].keys.stop == edges[-1]
-    assert max(span.keys.stop - span.keys.start for span in spans) <= kernel.KEY_SPAN

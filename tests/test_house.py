@@ -36,6 +36,7 @@ HUB_FILES = {
     "losses",
     "masks",
     "modeling_t5gemma",
+    "packed_attention",
     "stacks",
 }
 
