@@ -11,6 +11,7 @@ import typer
 from modeling_t5gemma.commands.average import average_command
 from modeling_t5gemma.commands.chat import chat
 from modeling_t5gemma.commands.convert import convert_command
+from modeling_t5gemma.commands.efficiency import efficiency
 from modeling_t5gemma.commands.fill import fill
 from modeling_t5gemma.commands.generate import generate
 from modeling_t5gemma.commands.inspect import inspect
@@ -32,6 +33,7 @@ app.command()(merge)
 app.command()(generate)
 app.command()(chat)
 app.command()(fill)
+app.command()(efficiency)
 app.command()(publish)
 
 
