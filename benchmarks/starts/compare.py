@@ -1,6 +1,6 @@
 """How cross-attention begins, and what an encoder-decoder makes of its encoder after minutes of training.
 
-    python benchmarks/starts/handbook.py handbook.txt
+    python benchmarks/starts/handbook.py handbook.txt --whole
     python benchmarks/starts/compare.py --source gemma-3-270m --text handbook.txt --output starts
     python benchmarks/starts/compare.py --source gemma-3-270m --text handbook.txt --output starts --only layerwise copy
 
@@ -33,12 +33,14 @@ class Start:
         title: what it is called there.
         cross_attention: the converter's option.
         learning_rate: of all parts, where ``overrides`` say nothing else.
+        encoder_attention: the converter's option.
         overrides: further keys of ``examples/adapt.py``.
     """
 
     title: str
     cross_attention: str
     learning_rate: float = 1e-4
+    encoder_attention: str = "bidirectional"
     overrides: tuple[str, ...] = ()
 
 
@@ -49,8 +51,9 @@ STARTS = {
         "layerwise, LR 3e-5, the encoder's three times that",
         "layerwise",
         3e-5,
-        ("--recipe.learning_rates", '{"encoder": 3}'),
+        overrides=("--recipe.learning_rates", '{"encoder": 3}'),
     ),
+    "layerwise-part": Start("layerwise, bidirectional in layers 11 to 16 alone, LR 3e-5", "layerwise", 3e-5, "11-16"),
     "copy": Start("separate, copied from self-attention (the paper, balanced)", "copy"),
     "random": Start(
         "separate, random, alone for a quarter of the steps (the paper, unbalanced)",
@@ -77,11 +80,11 @@ STARTS = {
 
 def convert(start: Start, source: Path, output: Path) -> Path:
     """The converted checkpoint, made where there is none."""
-    made = output / f"converted-{start.cross_attention}"
+    made = output / f"converted-{start.cross_attention}-{start.encoder_attention}"
     if not made.exists():
         options = ["--enc", str(source), "--dec", str(source), "--output", str(made), "--dtype", "bfloat16"]
         command = [str(Path(sys.executable).with_name("t5gemma")), "convert", *options]
-        run([*command, "--cross-attention", start.cross_attention])
+        run([*command, "--cross-attention", start.cross_attention, "--encoder-attention", start.encoder_attention])
     return made
 
 

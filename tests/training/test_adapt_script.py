@@ -7,9 +7,11 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -71,8 +73,8 @@ def config(tmp_path) -> Path:
     return path
 
 
-def start(config: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "examples/adapt.py", "--config", str(config), *arguments]
+def start(config: Path, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
+    command = [sys.executable, *launcher, "examples/adapt.py", "--config", str(config), *arguments]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -118,6 +120,36 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(config, tmp_path):
     assert (out / "NOTICE").exists() and (find(out).last / "sentinels.json").exists()
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     assert type(AutoModelForSeq2SeqLM.from_pretrained(out)).__module__ == "modeling_t5gemma.modeling_t5gemma"
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
+        [
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--main_process_port",
+        ],
+    ],
+    ids=["torchrun", "accelerate launch"],
+)
+def test_launchers_give_the_losses_of_one_process(launcher, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    few = ["--training.max_steps", "3", "--training.save_steps", "3", "--data.max_bad", "1"]
+    finish(start(config, *few, "--training.output_dir", str(tmp_path / "one")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    halved = ["--training.output_dir", str(tmp_path / "two"), "--training.per_device_train_batch_size", "1"]
+    finish(start(config, *few, *halved, launcher=["-m", *launcher, str(port)]))
+    one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
+    assert sorted(two) == [1, 2, 3] and two == pytest.approx(one, abs=1e-4)
 
 
 def parse(adapt, *arguments: str):
