@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 MAKEFLAGS += --no-print-directory
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-floor lint format bench clean
+.PHONY: help demo test test-floor lint format docs bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -35,11 +35,14 @@ format: $(VENV)/.dev ## fix what ruff can fix
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+docs: $(VENV)/.dev ## the documentation as a site, in site/index.html
+	$(VENV)/bin/zensical build --strict
+
 bench: $(VENV)/.dev ## every benchmark, one after the other
 	@set -e; for benchmark in benchmarks/[a-z]*.py; do echo "== $$benchmark"; $(RUN) $$benchmark $(ARGS); done
 
 clean: ## remove the environments and caches
-	rm -rf $(VENV) $(FLOOR) build *.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOOR) build site *.egg-info .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 OLD_PYTHON := import sys; sys.exit(sys.version_info < (3, 10) and \
