@@ -21,6 +21,7 @@ from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.training.loading import load_config
 
 DTYPES = ("float32", "bfloat16")
+PIPED_WIDTH = 160
 
 
 def efficiency(
@@ -73,6 +74,9 @@ def efficiency(
         measured = () if calculated else measure(path, requests, setup)
         entries.append(Entry.of(label, configs[label], requests, bytes_per_value, measured, scores.get(label)))
     console = Console()
+    if not console.is_terminal:
+        # Into a file or a pipe, where 80 columns would cut the numbers off.
+        console.width = PIPED_WIDTH
     for title, (head, *rows) in tables(entries).items():
         shown = Table(title=title)
         for number, heading in enumerate(head):
