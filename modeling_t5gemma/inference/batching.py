@@ -85,7 +85,7 @@ def generate_ids(
     model.eval()
     try:
         for rows in _batches([len(source) for source in sources], batch_size, batch_tokens):
-            ids, mask = _padded([sources[row] for row in rows], pad, left=not encoder_decoder)
+            ids, mask = padded([sources[row] for row in rows], pad, left=not encoder_decoder)
             output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **generation)
             given = 1 if encoder_decoder else ids.shape[1]
             for row, tokens in zip(rows, output[:, given:].tolist(), strict=True):
@@ -94,6 +94,17 @@ def generate_ids(
     finally:
         model.train(training)
     return results
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids in one batch: ids and mask, int64 (R, S)."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
+    for number, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[number, place] = torch.tensor(row)
+        mask[number, place] = 1
+    return ids, mask
 
 
 def text_of(tokenizer: Any, ids: Sequence[int], ends: Iterable[int]) -> str:
@@ -116,17 +127,6 @@ def _batches(lengths: Sequence[int], batch_size: int, batch_tokens: int | None) 
         batch.append(row)
     if batch:
         yield batch
-
-
-def _padded(rows: Sequence[Sequence[int]], pad: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, int64 (R, S)."""
-    width = max(map(len, rows))
-    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
-    for number, row in enumerate(rows):
-        place = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[number, place] = torch.tensor(row)
-        mask[number, place] = 1
-    return ids, mask
 
 
 def _with_named(generation: dict[str, Any], named: dict[str, int]) -> dict[str, Any]:

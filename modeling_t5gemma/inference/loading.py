@@ -17,11 +17,10 @@ from transformers.utils.logging import disable_progress_bar
 from ..errors import UserError
 from ..stacks import T5GemmaPreTrainedModel
 from ..training.loading import load_config, loaded
-from ..training.tokenizing import load_tokenizer
+from ..training.tokenizing import TOKENIZER_FILES, load_tokenizer
 from .adapters import ADAPTER_CONFIG, load_adapter, read_base
 
 DTYPES = ("auto", "float32", "bfloat16")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def load_checkpoint(path: str, *, base: str | None = None, dtype: str = "auto", 
         tokenizer = load_tokenizer(path)
         return Checkpoint(_load_model(path, dtype, place), tokenizer, (path,))
     base = base or read_base(adapter)["path"]
-    own = any((adapter / name).is_file() for name in _TOKENIZER_FILES)
+    own = any((adapter / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(str(adapter) if own else base)
     adapted = load_adapter(_load_model(base, dtype, place), adapter)
     if any(config.is_prompt_learning for config in adapted.peft_config.values()):

@@ -67,8 +67,14 @@ class Prompts:
         """Tokens of an encoder's source, behind what its input begins with."""
         return [*ids] if self.begin is None else [self.begin, *ids]
 
-    def rendered(self, messages: Messages, *, add_generation_prompt: bool) -> str:
+    def rendered(
+        self, messages: Messages, *, add_generation_prompt: bool, continue_final_message: bool = False
+    ) -> str:
         """The chat template's text.
+
+        Args:
+            add_generation_prompt: let the assistant's turn begin.
+            continue_final_message: leave the last message's turn open.
 
         Raises:
             UserError: there is no template, or it refuses the messages.
@@ -80,7 +86,10 @@ class Prompts:
             )
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
             )
         except Exception as error:  # a template is a program: what it raises can be anything
             raise UserError(f"The chat template refuses the messages: {' '.join(str(error).split())}") from error

@@ -33,6 +33,14 @@ from .shards import INDEX, PARTIAL, Shard, ShardWriter, Vocabulary, read_index, 
 from .sources import BadRecord, BadRecords, Record, TextSource
 
 PROGRESS = "progress.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
 _NO_TOKENS = "no tokens"
 # What goes to a process at once: enough that sending it costs little, and little enough to be held for each process.
 _BATCH_CHARACTERS, _BATCH_RECORDS = 1 << 20, 1024
@@ -68,6 +76,9 @@ def load_tokenizer(path: str) -> Any:
     """
     if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
         raise UserError(f"There is no folder {path}: give a checkpoint's folder or a Hub repository (owner/name).")
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        # For some model types transformers would make one without words.
+        raise UserError(f"{path} has no tokenizer that can be loaded: put its {TOKENIZER_FILES[0]} there.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
