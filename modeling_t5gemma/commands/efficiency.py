@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from modeling_t5gemma.commands.checkpoints import labelled
 from modeling_t5gemma.efficiency.accounting import countable, paper_flops, preset
 from modeling_t5gemma.efficiency.paper import PAPER, QUALITIES
 from modeling_t5gemma.efficiency.report import Entry, tables, write_report
@@ -55,7 +56,7 @@ def efficiency(
     requests = [
         Request(rows, length, output) for rows in _numbers("--batch", batch) for length in _numbers("--input", input_)
     ]
-    labels = _labels(checkpoints)
+    labels = labelled(checkpoints)
     scores, axis = _scores(quality or [], list(labels))
     if report is not None and report.exists() and not report.is_dir():
         raise UserError(f"--report {report} is a file. Give a folder.")
@@ -104,15 +105,6 @@ def _numbers(option: str, text: str) -> list[int]:
     if not numbers or min(numbers) < 1 or len(set(numbers)) < len(numbers):
         raise UserError(f"{option} {text!r}: give different positive numbers, comma-separated, such as 512,1024.")
     return numbers
-
-
-def _labels(checkpoints: list[str]) -> dict[str, str]:
-    """The checkpoints by a short name: the last part of their path where that tells them apart."""
-    names = [Path(path).name for path in checkpoints]
-    labels = names if len(set(names)) == len(names) else checkpoints
-    if len(set(labels)) < len(labels):
-        raise UserError(f"A checkpoint is given twice: {', '.join(checkpoints)}. Give each once.")
-    return dict(zip(labels, checkpoints))
 
 
 def _scores(given: list[str], labels: list[str]) -> tuple[dict[str, float], str]:
