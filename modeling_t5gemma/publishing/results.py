@@ -46,7 +46,7 @@ class Result:
 
 
 def read_results(path: Path) -> list[Result]:
-    """Results from a file: ``results.json`` of a SuperGLUE run, or what lm-eval writes.
+    """Results from a file: ``results.json`` of a SuperGLUE run or of ``t5gemma evaluate``, or what lm-eval writes.
 
     Raises:
         UserError: it is neither.
@@ -57,8 +57,8 @@ def read_results(path: Path) -> list[Result]:
     if {"results", "configs"} <= content.keys():
         return list(_lm_eval(content))
     raise UserError(
-        f"{path} holds no results that are known here. Give results.json of examples/superglue.py, or a file that "
-        "lm-eval wrote (--output_path)."
+        f"{path} holds no results that are known here. Give results.json of t5gemma evaluate or of "
+        "examples/superglue.py, or a file that lm-eval wrote (--output_path)."
     )
 
 
@@ -112,19 +112,21 @@ def _lm_eval(content: dict[str, Any]) -> Iterator[Result]:
     for task, metrics in content["results"].items():
         config = content["configs"].get(task, {})
         shots = config.get("num_fewshot")
+        # `t5gemma evaluate` says more: whether local files stood for the data set, whether there were all examples.
+        told = {"local": False, "cut": False, "notes": [], **content.get("how", {}).get(task, {})}
         for key, value in metrics.items():
             metric, _, how = key.partition(",")
             if isinstance(value, int | float) and not metric.endswith("_stderr") and how:
+                notes = [None if shots is None else f"{shots}-shot", how if how != "none" else None, *told["notes"]]
                 yield Result(
-                    config.get("dataset_path"),
+                    None if told["local"] else config.get("dataset_path"),
                     metrics.get("alias", task).strip(" -"),
                     config.get("dataset_name") or task,
                     metric,
                     value,
                     config.get("test_split") or config.get("validation_split"),
-                    ", ".join(
-                        filter(None, (None if shots is None else f"{shots}-shot", how if how != "none" else ""))
-                    ),
+                    ", ".join(filter(None, notes)),
+                    benchmark=not (told["local"] or told["cut"]),
                 )
 
 
