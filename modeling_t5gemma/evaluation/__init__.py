@@ -1,0 +1,1 @@
+"""Checkpoints of both kinds on benchmarks by one tool, EleutherAI's lm-evaluation-harness."""
