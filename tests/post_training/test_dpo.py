@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import Seq2SeqTrainingArguments, TrainerCallback
+from transformers import TrainerCallback
 
 from modeling_t5gemma.collators import Layout
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.lora import lora_config
 from modeling_t5gemma.losses import IGNORED
-from modeling_t5gemma.post_training.dpo import DpoSettings, DpoTrainer, preference_facts, preference_losses
+from modeling_t5gemma.post_training.dpo import DpoSettings, preference_facts, preference_losses
 from modeling_t5gemma.post_training.preferences import (
-    PreferencePair,
     collate_answers,
     held_out,
     load_pairs,
@@ -26,81 +23,21 @@ from modeling_t5gemma.post_training.reference import Reference, log_probabilitie
 from modeling_t5gemma.post_training.rendering import Renderer
 from modeling_t5gemma.training.checkpoints import find
 from tests import tiny
+from tests.post_training import first_word
+from tests.post_training.first_word import LAYOUT, log_of, pairs
+from tests.post_training.first_word import dpo as make
 
-LAYOUT = Layout(0, 2, 2, 2)
-SHALLOW = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-MODELS = {
-    "separate": (lambda: tiny.t5gemma(), Layout(0, 2)),
-    "layerwise": (lambda: tiny.layerwise(tiny.gemma3(**SHALLOW), bidirectional_layers="all"), LAYOUT),
-}
+MODELS = {"separate": (tiny.t5gemma, Layout(0, 2)), "layerwise": (first_word.model, LAYOUT)}
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ 'w10 ' if m.role == 'user' else 'w11 ' }}{{ m.content }} w12 "
     "{% endfor %}{% if add_generation_prompt %}w11 {% endif %}"
 )
 
 
-def pairs(count: int, words: int = 12, seed: int = 0) -> list[PreferencePair]:
-    """The better answer begins with the first word of the question."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for n in range(count):
-        source = rng.integers(20, 20 + words, rng.integers(2, 5)).astype(np.int32)
-        other = (source[0] - 20 + rng.integers(1, words)) % words + 20
-        rest = rng.integers(40, 60, rng.integers(0, 3))
-        answers = [np.array([first, *rest, 1], np.int32) for first in (source[0], other)]
-        made.append(PreferencePair(source, *answers, where=f"pairs:{n + 1}"))
-    return made
-
-
-def make(
-    output: Path,
-    model=None,
-    *,
-    steps: int = 4,
-    batch: int = 4,
-    train: list[PreferencePair] | None = None,
-    test: list[PreferencePair] = (),
-    settings: DpoSettings | None = None,
-    reference_model=None,
-    seed: int = 0,
-    **training,
-) -> DpoTrainer:
-    torch.manual_seed(seed)
-    arguments = Seq2SeqTrainingArguments(
-        output_dir=str(output),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        **{
-            "per_device_eval_batch_size": 32,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            **training,
-        },
-    )
-    return DpoTrainer(
-        MODELS["layerwise"][0]() if model is None else model,
-        arguments,
-        pairs=train or pairs(20),
-        layout=LAYOUT,
-        settings=settings,
-        held_out=test,
-        reference_model=reference_model,
-        seed=seed,
-    )
-
-
 def with_lora(model, **kwargs):
     from peft import get_peft_model
 
     return get_peft_model(model, lora_config(r=4, lora_alpha=8, **kwargs))
-
-
-def log_of(trainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 # Log-probabilities
@@ -274,40 +211,18 @@ def test_held_out_examples_are_spread_and_not_trained_on():
 # Training
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", range(3))
 def test_it_learns_a_preference_that_depends_on_the_question(tmp_path, seed):
-    trainer = make(
-        tmp_path,
-        train=pairs(1600, words=6, seed=2 * seed),
-        test=pairs(60, words=6, seed=2 * seed + 1),
-        steps=100,
-        batch=16,
-        seed=seed,
-        settings=DpoSettings(beta=0.5),
-        learning_rate=3e-3,
-        eval_strategy="steps",
-        eval_steps=100,
-        eval_on_start=True,
-        logging_steps=10,
-    )
-    likelier_at_the_start = _likelier(trainer)
+    trainer = first_word.dpo_that_learns(tmp_path, seed)
+    likelier_at_the_start = first_word.likelier(trainer)
     trainer.train()
-    assert 0.2 < likelier_at_the_start < 0.8 and _likelier(trainer) > 0.85
+    assert 0.2 < likelier_at_the_start < 0.8 and first_word.likelier(trainer) > 0.85
     first, last = log_of(trainer, "eval_rewards/accuracies")
     assert first < 0.2 and last > 0.9  # rewards begin at 0, and equal ones are not counted as right
     assert log_of(trainer, "loss")[-1] < 0.6 * log_of(trainer, "loss")[0]
     assert log_of(trainer, "eval_loss")[0] == pytest.approx(np.log(2), abs=1e-4)
     assert {"rewards/margins", "logps/chosen", "tokens_per_second"} <= set(trainer.state.log_history[1])
     assert (tmp_path / "curves.png").stat().st_size > 1000
-
-
-@torch.no_grad()
-def _likelier(trainer) -> float:
-    """How often the model itself holds the chosen answer for the likelier one, on the held-out pairs."""
-    some = trainer.eval_dataset
-    batch = collate_answers([p.source for p in some], [(p.chosen, p.rejected) for p in some], LAYOUT)
-    chosen, rejected = log_probabilities(trainer.model.eval(), batch).sum(dim=1).view(-1, 2).unbind(1)
-    return (chosen > rejected).double().mean().item()
 
 
 def test_all_references_give_the_same_losses(tmp_path):

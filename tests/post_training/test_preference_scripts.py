@@ -15,7 +15,8 @@ from transformers import AutoModelForSeq2SeqLM
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.post_training.preference_run import make_dpo_trainer, make_grpo_trainer
 from tests import tiny
-from tests.post_training.test_dpo import SHALLOW, TEMPLATE
+from tests.post_training import first_word
+from tests.post_training.test_dpo import TEMPLATE
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = {kind: sorted((ROOT / "examples" / "configs").glob(f"{kind}_*.yaml")) for kind in ("dpo", "grpo")}
@@ -36,7 +37,7 @@ def scripts():
 @pytest.fixture
 def config(tmp_path):
     """Config files for a tiny model and records of each kind."""
-    model, tokenizer = tiny.layerwise(tiny.gemma3(**SHALLOW), bidirectional_layers="all"), tiny.word_tokenizer()
+    model, tokenizer = first_word.model(), tiny.word_tokenizer()
     tokenizer.chat_template = TEMPLATE
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

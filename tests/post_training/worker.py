@@ -18,26 +18,26 @@ import torch.distributed as dist
 from modeling_t5gemma.post_training.preferences import collate_answers
 from modeling_t5gemma.post_training.reference import log_probabilities
 from modeling_t5gemma.post_training.rollouts import Sampling, sample
-from tests.post_training import test_dpo, test_grpo
+from tests.post_training import first_word, test_grpo
 
 
 def with_dpo(output: Path, steps: int, batch: int) -> dict[str, Any]:
-    trainer = test_dpo.make(
+    trainer = first_word.dpo(
         output,
         steps=steps,
         batch=batch,
-        test=test_dpo.pairs(5, seed=1),
+        test=first_word.pairs(5, seed=1),
         per_device_eval_batch_size=2,
         lr_scheduler_type="constant",
     )
     trainer.train()
     names = ("loss", "rewards/margins", "logps/chosen")
-    return {**{name: test_dpo.log_of(trainer, name) for name in names}, **trainer.evaluate()}
+    return {**{name: first_word.log_of(trainer, name) for name in names}, **trainer.evaluate()}
 
 
 def with_grpo(output: Path, steps: int, batch: int) -> dict[str, Any]:
     rewards = (test_grpo.small_words,)
-    trainer = test_grpo.make(
+    trainer = first_word.grpo(
         output, steps=steps, batch=batch, rewards=rewards, num_iterations=2, scale_rewards="batch"
     )
     seen: list[list[list[int]]] = []
@@ -51,7 +51,7 @@ def with_grpo(output: Path, steps: int, batch: int) -> dict[str, Any]:
     trainer._sample = look
     trainer.train()
     weights = [parameter.double().sum().item() for parameter in trainer.model.parameters()]
-    logged = {name: test_grpo.log_of(trainer, name) for name in ("loss", "reward", "reward_std")}
+    logged = {name: first_word.log_of(trainer, name) for name in ("loss", "reward", "reward_std")}
     own = [float(np.mean([np.mean([4 <= i < 26 for i in ids]) for ids in step])) for step in seen]
     return {**logged, "weights": weights, "own": own, "answers": seen}
 
@@ -61,8 +61,7 @@ def with_fsdp() -> dict[str, Any]:
     from torch.distributed.fsdp import fully_shard
 
     torch.manual_seed(0)
-    build, layout = test_dpo.MODELS["layerwise"]
-    model = build()
+    model, layout = first_word.model(), first_word.LAYOUT
     if dist.is_initialized():
         for layer in (*model.model.encoder.layers, *model.model.decoder.layers):
             fully_shard(layer, reshard_after_forward=True)
