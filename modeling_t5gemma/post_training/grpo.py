@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -45,6 +45,7 @@ from .rollouts import Answers, Sampling, sample
 from .tuned import TunedTrainer
 
 MicroBatch = dict[str, Any]
+Tables = list[npt.NDArray[np.float64]]
 KEPT_FILE = "rollouts-{rank}.safetensors"
 
 
@@ -275,7 +276,7 @@ class GrpoTrainer(TunedTrainer):
             self._sample(batch["prompts"], self._sampling, (self._seed, batch["position"], self.args.process_index))
             for batch in batches
         ]
-        tables = [self._score(batch["prompts"], own) for batch, own in zip(batches, answers)]
+        tables = self._or_saved(lambda: [self._score(batch["prompts"], own) for batch, own in zip(batches, answers)])
         gains = self._advantages(np.concatenate(tables), answers)
         made, begin = [], 0
         for slot, (batch, own) in enumerate(zip(batches, answers)):
@@ -302,6 +303,25 @@ class GrpoTrainer(TunedTrainer):
         return score(
             self.rewards, [p.prompt for p in repeated], completions, ids, columns, [p.where for p in repeated]
         )
+
+    def _or_saved(self, score: Callable[[], Tables]) -> Tables:
+        """What the reward functions give. They are the user's: where one fails on any rank, the steps done so far are
+        saved before the run ends.
+
+        Raises:
+            UserError: as ``rewards.score``; says what is saved.
+        """
+        found: Tables = []
+        failed: UserError | None = None
+        try:
+            found = score()
+        except UserError as error:
+            failed = error
+        if not self._any_rank(failed is not None):
+            return found
+        saved = self.save_between_steps()
+        told = "The same command begins anew." if saved is None else f"The same command goes on from {saved}."
+        raise UserError(f"{failed or 'A reward failed in another process.'} {told}") from failed
 
     def _advantages(self, table: npt.NDArray[np.float64], answers: Sequence[Answers]) -> torch.Tensor:
         """Of this rank's answers, float32 on the CPU, and the facts of the step over all ranks."""
@@ -384,14 +404,11 @@ class GrpoTrainer(TunedTrainer):
         prompts = self.eval_dataset if eval_dataset is None else eval_dataset
         size, how = self.args.per_device_eval_batch_size, self._sampling
         one = Sampling(1, how.max_completion_length, how.temperature, how.top_p, how.ends)
-        tables, lengths, finished = [], [], []
-        for begin in range(0, len(prompts), size):
-            some = prompts[begin : begin + size]
-            answers = self._sample(some, one, None)
-            tables.append(self._score(some, answers))
-            lengths += [len(ids) for ids in answers.ids]
-            finished += answers.finished
-        table = np.concatenate(tables)
+        parts = [prompts[begin : begin + size] for begin in range(0, len(prompts), size)]
+        answers = [self._sample(some, one, None) for some in parts]
+        table = np.concatenate(self._or_saved(lambda: [self._score(some, own) for some, own in zip(parts, answers)]))
+        lengths = [len(ids) for own in answers for ids in own.ids]
+        finished = [each for own in answers for each in own.finished]
         rewards = weighted(table, self.rewards)
         facts = {
             "reward": rewards.mean(),

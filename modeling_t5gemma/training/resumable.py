@@ -24,7 +24,7 @@ from transformers import (
 from ..errors import UserError
 from ..losses import IGNORED
 from .callbacks import CompleteCheckpoints, EndOnSignal, Progress
-from .checkpoints import find, read_state
+from .checkpoints import find, read_state, step_of
 from .curves import Curves, Panel
 from .meter import Meter
 from .rows import Rows
@@ -133,6 +133,18 @@ class ResumableTrainer(Seq2SeqTrainer):
     def told(self, metrics: dict[str, float]) -> str | None:
         """A line about an evaluation, for the screen."""
         return f"held-out loss {metrics['eval_loss']:.3f}" if "eval_loss" in metrics else None
+
+    def save_between_steps(self) -> Path | None:
+        """Make a checkpoint of the steps done so far, unless there is one, for a run that is about to end.
+
+        Returns:
+            The last complete checkpoint; None where there is none, as before the first step.
+        """
+        last, step = self._last(), self.state.global_step
+        if self.is_in_train and step and (last is None or step_of(last) != step):
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return self._last()
 
     def panels(self) -> list[Panel]:
         """What ``curves.png`` shows."""

@@ -340,13 +340,41 @@ def test_what_a_step_is_scored_on(tmp_path):
     assert seen[1][1][0] == [{"role": "assistant", "content": seen[1][1][0][0]["content"]}]
 
 
-def test_a_reward_that_is_no_number_stops_the_run_and_names_the_sample(tmp_path):
-    def broken(prompts, completions, **columns):
-        return [float("nan")] * len(completions)
+@pytest.mark.parametrize("call", [4, 5], ids=["in-measuring", "in-sampling"])
+def test_a_reward_that_fails_names_the_sample_and_loses_no_step(tmp_path, call):
+    """What was learnt before is saved, and the run goes on with the mended function as if nothing had happened."""
+    calls = []
 
-    trainer = make(tmp_path, rewards=(broken,))
-    with pytest.raises(UserError, match=r"The reward broken returned nan for prompts:\d+"):
-        trainer.train()
+    def build(folder, breaks):
+        def brittle(prompts, completions, completion_ids, **columns) -> list[float]:
+            calls.append(len(completions))
+            right = small_words(prompts, completions, completion_ids)
+            return [float("nan"), *right[1:]] if breaks and len(calls) == call else right
+
+        calls.clear()
+        saves = {"save_strategy": "steps", "save_steps": 100, "eval_strategy": "steps", "eval_steps": 3}
+        return make(tmp_path / folder, rewards=(brittle,), test=prompts(2, 1), steps=5, training=saves)
+
+    whole = build("whole", breaks=False)
+    whole.train()
+    with pytest.raises(UserError, match=r"brittle returned nan for prompts:\d+.* goes on from .*checkpoint-3"):
+        build("parts", breaks=True).train()
+    second = build("parts", breaks=False)
+    second.train(resume_from_checkpoint=True)
+    for name in ("loss", "reward"):
+        assert log_of(second, name) == log_of(whole, name), name
+    assert log_of(second, "eval_reward")[-1] == log_of(whole, "eval_reward")[-1]
+    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_reward_that_fails_at_once_leaves_nothing_to_go_on_from(tmp_path):
+    def broken(prompts, completions, **columns):
+        raise KeyError("answer")
+
+    with pytest.raises(UserError, match=r"broken raised KeyError on prompts:\d+.* begins anew"):
+        make(tmp_path, rewards=(broken,)).train()
+    assert find(tmp_path).last is None
 
 
 def test_a_function_that_does_not_always_apply_has_the_mean_of_where_it_does(tmp_path):
