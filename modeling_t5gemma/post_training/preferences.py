@@ -76,23 +76,26 @@ class Loaded:
         skipped: how many were left out, by reason.
         first: some of them, with their reasons.
         cut: how many lost tokens to the limits.
+        cut_tokens: how many those lost in all.
     """
 
     skipped: Counter[str] = field(default_factory=Counter)
     first: list[str] = field(default_factory=list)
     cut: int = 0
+    cut_tokens: int = 0
 
     def __str__(self) -> str:
         """In one line; empty when every record is used as it is."""
         reasons = ", ".join(f"{count} ({reason})" for reason, count in self.skipped.most_common())
         parts = [f"skipped {reasons}, the first: {'; '.join(self.first)}"] if self.skipped else []
-        parts += [f"cut {self.cut} to the limits of tokens"] if self.cut else []
+        parts += [f"cut {self.cut}, {self.cut_tokens} tokens in all"] if self.cut else []
         return "; ".join(parts)
 
 
 def load_pairs(records: Any, renderer: Renderer, what: str, max_bad: int) -> tuple[list[PreferencePair], Loaded]:
     """Pairs from records with the columns prompt, chosen and rejected: strings, or messages in each. Without a prompt,
-    chosen and rejected are whole conversations, and what they begin with alike is the prompt.
+    chosen and rejected are whole conversations, and what they begin with alike is the prompt. A column tools has the
+    JSON schemas of the functions that may be called.
 
     Args:
         records: a ``datasets.Dataset``.
@@ -107,8 +110,9 @@ def load_pairs(records: Any, renderer: Renderer, what: str, max_bad: int) -> tup
 
     def make(record: dict[str, Any], where: str) -> PreferencePair:
         prompt, *answers = _parts(record, explicit)
-        source = renderer.source(prompt)
-        chosen, rejected = (renderer.answer(answer, prompt) for answer in answers)
+        tools = record.get("tools")
+        source = renderer.source(prompt, tools)
+        chosen, rejected = (renderer.answer(answer, prompt, tools) for answer in answers)
         if np.array_equal(chosen.ids, rejected.ids):
             raise UnusableRecord("both answers are the same")
         cut = source.cut + chosen.cut + rejected.cut
@@ -118,12 +122,13 @@ def load_pairs(records: Any, renderer: Renderer, what: str, max_bad: int) -> tup
 
 
 def load_prompts(records: Any, renderer: Renderer, what: str, max_bad: int) -> tuple[list[Prompt], Loaded]:
-    """Prompts from records with the column prompt, a string or messages; arguments and errors as of ``load_pairs``."""
+    """Prompts from records with the column prompt, a string or messages, and maybe tools; arguments and errors as of
+    ``load_pairs``."""
     require_columns(records, ["prompt"], what)
 
     def make(record: dict[str, Any], where: str) -> Prompt:
         prompt = record.pop("prompt")
-        source = renderer.source(_text(prompt, "prompt"))
+        source = renderer.source(_text(prompt, "prompt"), record.get("tools"))
         return Prompt(source.ids, prompt, record, where, source.cut)
 
     return _made(records, make, what, max_bad)
@@ -175,6 +180,7 @@ def _made(
             continue
         made.append(example)
         loaded.cut += example.cut > 0
+        loaded.cut_tokens += example.cut
     if not made:
         raise UserError(f"{what} has nothing to train on: {loaded or 'it is empty'}.")
     return made, loaded

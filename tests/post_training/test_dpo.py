@@ -187,7 +187,7 @@ def test_unusable_records_are_counted_by_reason_and_too_many_stop():
     with pytest.raises(UserError, match="no prompt beside answers"):
         load_pairs(bad.remove_columns("prompt"), renderer(), "data", 0)
     _, cut = load_pairs(records(prompt=["w5 " * 9], chosen=["w6"], rejected=["w7"]), renderer(max_source=4), "data", 0)
-    assert cut.cut == 1 and "cut 1" in str(cut)
+    assert (cut.cut, cut.cut_tokens) == (1, 5) and "cut 1, 5 tokens in all" in str(cut)
 
 
 def test_prompts_keep_the_other_columns():
@@ -198,6 +198,23 @@ def test_prompts_keep_the_other_columns():
     ]
     with pytest.raises(UserError, match=r"no column 'prompt'. It has 'question'"):
         load_prompts(records(question=["w5"]), renderer(), "sums", 0)
+
+
+def test_tools_are_rendered_where_the_template_has_a_place():
+    """Of pairs and of prompts, as in fine-tuning; where it has none, the record is skipped and counted."""
+    user, good, bad = (
+        {"role": r, "content": c} for r, c in (("user", "w5"), ("assistant", "w6"), ("assistant", "w7"))
+    )
+    tools = [{"type": "function", "function": {"name": "w30"}}]
+    rows = records(prompt=[[user]] * 2, chosen=[[good]] * 2, rejected=[[bad]] * 2, tools=[tools, None])
+    with_place = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + TEMPLATE.replace(
+        "{{ bos_token }}", ""
+    )
+    for load in (load_pairs, load_prompts):
+        (first, second), _ = load(rows, renderer(with_place), "data", 0)
+        assert first.source.tolist() == [30, *second.source.tolist()] == [30, 10, 5, 12, 11]
+        (only,), told = load(rows, renderer(TEMPLATE), "data", 1)
+        assert only.where == "data:2" and "no place" in str(told)
 
 
 def test_held_out_examples_are_spread_and_not_trained_on():
