@@ -90,7 +90,7 @@ def keep_last(output: Path, count: int | None) -> None:
     A checkpoint stops being complete before the first of its files goes, so that a kill leaves none that looks whole.
     """
     folders = complete_checkpoints(output)
-    for folder in folders[: len(folders) - count] if count is not None else []:
+    for folder in folders[: max(0, len(folders) - count)] if count is not None else []:
         (folder / COMPLETE_FILE).unlink()
         shutil.rmtree(folder)
 

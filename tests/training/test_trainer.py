@@ -15,7 +15,7 @@ from transformers import Seq2SeqTrainingArguments
 from modeling_t5gemma.collators import Layout
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.objectives import Denoiser, PrefixLM, Schedule, SpanCorruption
-from modeling_t5gemma.training.checkpoints import COMPLETE_FILE, find
+from modeling_t5gemma.training.checkpoints import COMPLETE_FILE, complete, complete_checkpoints, find, keep_last
 from modeling_t5gemma.training.documents import MemoryDocuments, Pieces
 from modeling_t5gemma.training.held_out import Remaining
 from modeling_t5gemma.training.mixture import Samples, Source
@@ -214,6 +214,16 @@ def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
     assert find(tmp_path).last.name == "checkpoint-3"
     assert signal.getsignal(signal.SIGTERM) is not trainer.signals._receive
+
+
+@pytest.mark.parametrize("count, kept", [(None, range(1, 8)), (5, range(3, 8)), (2, range(6, 8)), (1, [7])])
+def test_as_many_checkpoints_stay_as_are_asked_for(tmp_path, count, kept):
+    for step in range(1, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        complete(tmp_path / f"checkpoint-{step}", {})
+        keep_last(tmp_path, count)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
+    assert len(list(tmp_path.iterdir())) == len(kept)
 
 
 def test_half_a_checkpoint_is_not_resumed_from(tmp_path):
