@@ -301,7 +301,13 @@ class GrpoTrainer(TunedTrainer):
         columns = {name: [prompt.columns[name] for prompt in repeated] for name in prompts[0].columns}
         ids = [own.tolist() for own in answers.ids]
         return score(
-            self.rewards, [p.prompt for p in repeated], completions, ids, columns, [p.where for p in repeated]
+            self.rewards,
+            [p.prompt for p in repeated],
+            completions,
+            ids,
+            columns,
+            [p.where for p in repeated],
+            self.state,
         )
 
     def _or_saved(self, score: Callable[[], Tables]) -> Tables:

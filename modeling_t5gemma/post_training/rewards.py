@@ -1,15 +1,18 @@
 """Rewards of sampled answers: functions of the user's, or one of those here.
 
 A reward function has TRL's signature: it gets lists of one length as keywords, ``prompts``, ``completions``,
-``completion_ids`` and one for every further column of the records, and returns as many numbers, None where it does
-not apply. Completions are strings where prompts are, and otherwise lists of one message of the assistant.
+``completion_ids`` and one for every further column of the records, and ``trainer_state``, and returns as many numbers,
+None where it does not apply. It may be a coroutine function. Completions are strings where prompts are, and otherwise
+lists of one message of the assistant.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib
 import importlib.util
+import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -25,7 +28,7 @@ from ..errors import UserError
 
 Reward = Callable[..., Sequence[float | None]]
 # Arguments that every function gets, which no column may overwrite.
-TAKEN = ("prompts", "completions", "completion_ids", "prompt", "completion")
+TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "prompt", "completion")
 
 
 @dataclass
@@ -105,11 +108,13 @@ def score(
     completion_ids: Sequence[Sequence[int]],
     columns: dict[str, list[Any]],
     where: Sequence[str],
+    state: Any = None,
 ) -> npt.NDArray[np.float64]:
     """What every function (F) gives every completion (N), (N, F), NaN where it does not apply.
 
     Args:
         where: names the sample of each completion.
+        state: the trainer's, for rewards that depend on how far training is.
 
     Raises:
         UserError: a function raises, returns another number of values or what is no finite number, or no function
@@ -121,7 +126,7 @@ def score(
         "completions": completions,
         "completion_ids": completion_ids,
     }
-    table = np.stack([_values(reward, arguments, where) for reward in rewards], axis=1)
+    table = np.stack([_values(reward, arguments, where, state) for reward in rewards], axis=1)
     if len(nothing := np.flatnonzero(np.isnan(table).all(axis=1))):
         names = ", ".join(reward.name for reward in rewards)
         raise UserError(f"No reward function applies to {where[nothing[0]]}: {names} returned None.")
@@ -134,11 +139,13 @@ def weighted(table: npt.NDArray[np.float64], rewards: Sequence[NamedReward]) -> 
     return total
 
 
-def _values(reward: NamedReward, arguments: dict[str, Sequence[Any]], where: Sequence[str]) -> npt.NDArray[np.float64]:
+def _values(
+    reward: NamedReward, arguments: dict[str, Sequence[Any]], where: Sequence[str], state: Any
+) -> npt.NDArray[np.float64]:
     try:
-        given = list(reward.function(**arguments))
+        given = _called(reward, arguments, state)
     except Exception as error:  # whatever a function of the user's raises
-        place = _first_that_raises(reward, arguments)
+        place = _first_that_raises(reward, arguments, state)
         sample = f"{where[0]} to {where[-1]}" if place is None else where[place]
         raise UserError(
             f"The reward {reward.name} raised {type(error).__name__} on {sample}: {error}. Mend the function, or let "
@@ -162,11 +169,16 @@ def _values(reward: NamedReward, arguments: dict[str, Sequence[Any]], where: Seq
     return values
 
 
-def _first_that_raises(reward: NamedReward, arguments: dict[str, Sequence[Any]]) -> int | None:
+def _called(reward: NamedReward, arguments: dict[str, Sequence[Any]], state: Any) -> list[float | None]:
+    given: Any = reward.function(**arguments, trainer_state=state)
+    return list(asyncio.run(given) if inspect.iscoroutine(given) else given)
+
+
+def _first_that_raises(reward: NamedReward, arguments: dict[str, Sequence[Any]], state: Any) -> int | None:
     """The first completion that the function raises on when it gets that one alone."""
     for place in range(len(arguments["completions"])):
         try:
-            reward.function(**{name: values[place : place + 1] for name, values in arguments.items()})
+            _called(reward, {name: values[place : place + 1] for name, values in arguments.items()}, state)
         except Exception:
             return place
     return None
@@ -244,6 +256,7 @@ def text_of(completion: Any) -> str:
 
 def _column(columns: dict[str, Any], name: str) -> Sequence[Any]:
     if name not in columns:
-        raise ValueError(f"the records have no column {name!r}, only {', '.join(map(repr, columns)) or 'none'}")
+        there = ", ".join(repr(own) for own in columns if own not in TAKEN)
+        raise ValueError(f"the records have no column {name!r}, only {there or 'none'}")
     found: Sequence[Any] = columns[name]
     return found

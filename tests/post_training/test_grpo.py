@@ -331,7 +331,7 @@ def test_what_a_step_is_scored_on(tmp_path):
     make(tmp_path, steps=1, batch=2, rewards=(look,)).train()
     asked, answers, ids, columns = seen[0]
     assert [asked[0]] * 4 == asked[:4] and [asked[4]] * 4 == asked[4:] and asked[0] != asked[4]
-    assert set(columns) == {"first"}
+    assert set(columns) == {"first", "trainer_state"} and columns["trainer_state"].max_steps == 1
     assert columns["first"] == [prompt.split()[0] for prompt in asked]
     tokenizer = tiny.word_tokenizer()
     assert answers == [tokenizer.decode(own, skip_special_tokens=True) for own in ids]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from decimal import Decimal
 
@@ -10,6 +11,7 @@ import pytest
 
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.post_training.rewards import (
+    NamedReward,
     RewardSettings,
     exact_match,
     last_number,
@@ -121,8 +123,20 @@ def test_a_function_that_misbehaves_is_named_with_the_sample(body, words, tmp_pa
         scored(f"{tmp_path / 'bad.py'}:bad")
 
 
+def test_coroutines_are_waited_for_and_the_trainers_state_is_there():
+    async def late(completions, trainer_state, **columns):
+        await asyncio.sleep(0)
+        assert "5" not in completions[-1] or trainer_state != 3, "too early"
+        return [trainer_state * len(text) for text in completions]
+
+    reward = NamedReward("late", late)
+    assert score([reward], PROMPTS, TEXTS, IDS, COLUMNS, WHERE, 2)[:, 0].tolist() == [2, 14, 2, 6]
+    with pytest.raises(UserError, match="late raised AssertionError on sums:1: too early"):
+        score([reward], PROMPTS[:2], TEXTS[:2], IDS[:2], {}, WHERE[:2], 3)
+
+
 def test_a_missing_column_is_told():
-    with pytest.raises(UserError, match=r"exact_match raised ValueError .*no column 'answer', only 'gold'"):
+    with pytest.raises(UserError, match=r"exact_match raised ValueError .*no column 'answer', only 'gold'\. "):
         scored("exact_match", columns={"gold": ["4"] * 4})
 
 
