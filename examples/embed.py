@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from datasets import Value
 from jsonargparse import ArgumentParser
 from sentence_transformers import (
     SentenceTransformer,
@@ -30,9 +31,11 @@ from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
     MultipleNegativesRankingLoss,
 )
+from tqdm import tqdm
 
 from modeling_t5gemma.cli import run
 from modeling_t5gemma.embeddings import sentence_transformer
+from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.post_training.records import load_records, require_columns
 from modeling_t5gemma.training.papers import copy_papers
 from modeling_t5gemma.training.script import instantiate, on_this_machine
@@ -148,6 +151,9 @@ def embed(settings: Settings) -> dict[str, dict[str, float]]:
         model_kwargs={"dtype": torch.float32},  # what an optimiser can add small steps to
         device=device,
     )
+    for name, pairs in (("train", train), ("test", test)):
+        if cut := sum(model[0].count_longer(pairs[column]) for column in ("query", "document")):
+            tqdm.write(f"{name}: cut {cut} of {2 * len(pairs)} texts to {settings.model.max_seq_length} tokens")
     evaluator = retrieval(test, settings.training.per_device_eval_batch_size)
     before = evaluator(model)
     trainer = SentenceTransformerTrainer(model, settings.training, train_dataset=train, loss=loss_of(model, settings))
@@ -162,15 +168,25 @@ def embed(settings: Settings) -> dict[str, dict[str, float]]:
 
 
 def pairs_of(data: PairsSettings, path: str) -> Any:
-    """A data set with the columns ``query`` and ``document``, in this order.
+    """A data set with the columns ``query`` and ``document``, in this order. Pairs that lack a text are left out and
+    counted.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, a column does not hold texts, or nothing is left.
     """
     records = load_records(path)
     require_columns(records, [data.query, data.document], path)
+    for column in (data.query, data.document):
+        if (kind := records.features[column]) != Value("string"):
+            raise UserError(f"The column {column!r} of {path} does not hold texts, but {kind}: name another.")
     chosen = records.select_columns([data.query, data.document])
-    return chosen.rename_columns({data.query: "query", data.document: "document"})
+    chosen = chosen.rename_columns({data.query: "query", data.document: "document"})
+    whole = chosen.filter(lambda query, document: bool(query and document), input_columns=["query", "document"])
+    if not len(whole):
+        raise UserError(f"{path} has no pair of two texts in {data.query!r} and {data.document!r}.")
+    if len(whole) < len(chosen):
+        tqdm.write(f"{path}: left out {len(chosen) - len(whole)} of {len(chosen)} pairs, which lack a text")
+    return whole
 
 
 def retrieval(pairs: Any, batch_size: int) -> InformationRetrievalEvaluator:

@@ -44,7 +44,8 @@ class T5GemmaTextEncoder(InputModule):
         hub_kwargs: for the model's and the tokenizer's ``from_pretrained``, such as ``revision``.
 
     Raises:
-        UserError: max_seq_length is more than the model was made for, or there is no ``<bos>`` where one is needed.
+        UserError: the checkpoint has no such encoder, max_seq_length is more than it was made for, or there is no
+            ``<bos>`` where one is needed.
     """
 
     config_file_name = "sentence_bert_config.json"  # config.json is the encoder's
@@ -59,8 +60,22 @@ class T5GemmaTextEncoder(InputModule):
     ) -> None:
         super().__init__()
         hub_kwargs = hub_kwargs or {}
-        self.auto_model = AutoModelForTextEncoding.from_pretrained(checkpoint, **hub_kwargs, **(model_kwargs or {}))
-        self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub_kwargs)
+        try:
+            self.auto_model = AutoModelForTextEncoding.from_pretrained(
+                checkpoint, **hub_kwargs, **(model_kwargs or {})
+            )
+            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub_kwargs)
+        except (OSError, ValueError) as error:
+            # Of a config without an encoder, transformers lists all that have one.
+            told = " ".join(str(error).split()).partition(" Model type should be one of")[0]
+            raise UserError(
+                f"No encoder can be loaded from {checkpoint}: {told} Give an encoder-decoder, or an encoder of one."
+            ) from error
+        if not hasattr(self.auto_model.config, "encoder"):
+            raise UserError(
+                f"{checkpoint} is a {self.auto_model.config.model_type}. Give an encoder-decoder of this package, or "
+                "an encoder of one."
+            )
         config = self.auto_model.config
         longest = config.encoder.max_position_embeddings
         self.max_seq_length = longest if max_seq_length is None else max_seq_length
@@ -97,6 +112,12 @@ class T5GemmaTextEncoder(InputModule):
             ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
             mask[number, : len(row)] = 1
         return {"input_ids": ids, "attention_mask": mask}
+
+    def count_longer(self, texts: Sequence[str]) -> int:
+        """How many texts are cut."""
+        room = self.max_seq_length - len(self._begin)
+        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return sum(len(row) > room for row in rows)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         encoded = self.auto_model(features["input_ids"], attention_mask=features["attention_mask"])

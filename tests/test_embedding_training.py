@@ -169,6 +169,27 @@ def test_what_cannot_be_is_told(embed, checkpoint, tmp_path):
     settings = embed.settings_of(arguments(checkpoint, tmp_path, "--data.query=title"))
     with pytest.raises(UserError, match=r"no column 'title'.*'completion', 'description'"):
         embed.embed(settings)
+    for column, words in (("number", "does not hold texts, but"), ("nothing", "no pair of two texts in 'nothing'")):
+        (tmp_path / "odd.jsonl").write_text('{"number": 1, "nothing": "", "description": "w5"}\n' * 3)
+        odd = embed.settings_of([*arguments(checkpoint, tmp_path), f"--data.query={column}"])
+        with pytest.raises(UserError, match=words):
+            embed.pairs_of(odd.data, str(tmp_path / "odd.jsonl"))
+    tiny.gemma3().save_pretrained(tmp_path / "decoder-only")
+    with pytest.raises(UserError, match="Give an encoder-decoder") as error:
+        embed.sentence_transformer(str(tmp_path / "decoder-only"))
+    assert len(str(error.value)) < 400
+
+
+def test_what_is_left_out_and_cut_is_told(embed, checkpoint, tmp_path, capsys):
+    settings = embed.settings_of([*arguments(checkpoint, tmp_path), "--data.query=completion"])
+    rows = [{"completion": "w5", "description": LONG}, {"completion": "w5", "description": None}]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(embed.pairs_of(settings.data, str(tmp_path / "some.jsonl"))) == 1
+    assert "left out 1 of 2 pairs" in capsys.readouterr().out
+    layerwise = embed.sentence_transformer(str(checkpoint), device="cpu")[0]._begin
+    for cut, longer in ((9 + len(layerwise), 0), (8 + len(layerwise), 1)):
+        model = embed.sentence_transformer(str(checkpoint), max_seq_length=cut, device="cpu")
+        assert model[0].count_longer([SHORT, LONG]) == longer
 
 
 @pytest.mark.needs("mteb")
