@@ -79,7 +79,13 @@ def _sentinels(found: Checkpoint) -> tuple[int, ...]:
     path = found.file(SENTINELS_FILE)
     kept = None if path is None else load_sentinels(path.parent)
     if kept is None:
-        kept = sentinels_of(found.tokenizer.get_vocab())
+        try:
+            kept = sentinels_of(found.tokenizer.get_vocab())
+        except UserError as error:
+            raise UserError(
+                f"{found.places[0]} has no {SENTINELS_FILE}, and its vocabulary no <unusedN> tokens: it was not "
+                "trained to fill masks. Give a model that was (objective: ul2)."
+            ) from error
         typer.echo(
             f"{found.places[0]} has no {SENTINELS_FILE}: taking {found.tokenizer.convert_ids_to_tokens(kept[0])} and "
             "those after it.",

@@ -73,6 +73,11 @@ class DpoSettings:
             raise UserError(f"label_smoothing is {self.label_smoothing}: it is at least 0 and below 0.5.")
         if self.label_smoothing and self.loss_type != "sigmoid":
             raise UserError(f"label_smoothing has no meaning with loss_type {self.loss_type}: leave it at 0.")
+        if self.reference_model is not None and self.reference != "loaded":
+            raise UserError(
+                f"reference_model is {self.reference_model}, and reference {self.reference or 'left out'}: only one "
+                "that is loaded is asked. Set reference to loaded, or leave reference_model out."
+            )
 
 
 def preference_losses(

@@ -17,11 +17,11 @@ from ..objectives import Tokens
 from ..training.sources import import_datasets
 from ..training.tokenizing import vocabulary_of
 from .records import require_columns
-from .rendering import Messages, Renderer, Text, UnusableRecord, check_order
+from .rendering import Renderer, Text, UnusableRecord, check_order
 from .settings import ColumnsSettings
 
 # Of what is stored: a change of what records become needs another number, or old tokens are found again.
-_VERSION = 1
+_VERSION = 2
 _NAMED = 5
 _TOO_LONG = "longer than max_source or max_target"
 
@@ -198,13 +198,20 @@ def turns_of(
         UnusableRecord: there is none, or messages are out of order.
     """
     if columns.messages is not None:
-        messages, first = _messages(record[columns.messages]), 0
+        messages, first = record[columns.messages], 0
+        if not isinstance(messages, list):
+            raise UnusableRecord(f"{columns.messages} is {_kind(messages)}, not a list of messages")
     else:
         prompt, completion = record[columns.prompt], record[columns.completion]
         if isinstance(prompt, str) and isinstance(completion, str):
             yield prompt, completion, ""
             return
-        messages, first = [*_messages(prompt), *_messages(completion)], len(_messages(prompt))
+        if not (isinstance(prompt, list) and isinstance(completion, list)):
+            raise UnusableRecord(
+                f"{columns.prompt} is {_kind(prompt)} and {columns.completion} {_kind(completion)}: not two texts or "
+                "two lists of messages"
+            )
+        messages, first = [*prompt, *completion], len(prompt)
     check_order(messages)
     if messages[-1]["role"] != "assistant":
         raise UnusableRecord(f"the last message is of {messages[-1]['role']}, so nobody answers it")
@@ -280,10 +287,11 @@ def _skipped(where: str, reason: str) -> dict[str, Any]:
     return {"source": none, "target": none, "where": where, "reason": reason, **lengths}
 
 
-def _messages(value: Any) -> Messages:
-    if not isinstance(value, list):
-        raise UnusableRecord(f"messages that are {type(value).__name__}, not a list")
-    return value
+def _kind(value: Any) -> str:
+    """What a column holds, in words."""
+    if value is None:
+        return "missing"
+    return {str: "a text", list: "a list"}.get(type(value), f"of type {type(value).__name__}")
 
 
 def _present(records: Any, columns: ColumnsSettings, name: str) -> ColumnsSettings:

@@ -108,6 +108,11 @@ class GrpoSettings:
                 f"epsilon ({self.epsilon}) is above 0 and below 1, epsilon_high ({self.epsilon_high}) and beta "
                 f"({self.beta}) are not negative."
             )
+        if self.reference_model is not None and not self.beta:
+            raise UserError(
+                f"reference_model is {self.reference_model}, and with beta 0 no reference is asked: set beta above 0, "
+                "or leave reference_model out."
+            )
 
 
 class Prompts:

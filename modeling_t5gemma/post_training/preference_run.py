@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from tqdm import tqdm
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers import Seq2SeqTrainingArguments as TrainingArguments
 
 from ..collators import Layout
 from ..errors import UserError
 from ..training.claims import claim, describe
 from ..training.examples import steps_of
-from ..training.loading import layout_of, load_student, loaded
+from ..training.loading import layout_of, load_student
 from ..training.parts import Part
 from ..training.settings import ModelSettings
 from ..training.tokenizing import load_tokenizer, vocabulary_of
@@ -246,8 +245,7 @@ def _reference(settings: DpoRun | GrpoRun, how: DpoSettings | GrpoSettings) -> P
         raise UserError(
             f"The reference {path} has another tokenizer than {settings.model.path}: its words are other words."
         )
-    found: PreTrainedModel = loaded(AutoModelForSeq2SeqLM, path, dtype=getattr(torch, settings.model.dtype))
-    return found
+    return load_student(replace(settings.model, path=path))
 
 
 def _check_lengths(source: int, target: int, model: PreTrainedModel) -> None:

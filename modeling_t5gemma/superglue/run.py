@@ -245,7 +245,7 @@ def _claim(output: Path, path: str, settings: Settings) -> None:
     }
     wanted = json.loads(json.dumps(given, default=str))
     file = output / RUN_FILE
-    if file.exists():
+    if file.exists() and (any(output.glob(f"*/*/{RESULT_FILE}")) or any(output.glob("*/*/checkpoint-*"))):
         held = json.loads(file.read_text(encoding="utf-8"))
         changed = [] if held["model"] == path else ["model"]
         for section in ("data", "head", "training"):

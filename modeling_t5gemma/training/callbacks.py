@@ -118,5 +118,9 @@ class Progress(TrainerCallback):
                 tqdm.write(f"step {state.global_step}: {line}")
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen, so that what is told next has a line of its own."""
         if self.bar is not None:
             self.bar.close()

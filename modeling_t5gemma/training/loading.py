@@ -62,6 +62,12 @@ def load_teacher(model: ModelSettings, how: DistillationSettings, layout: Layout
     path = model.teacher
     if path is None:
         return None
+    config = load_config(path)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"The teacher {path} is a {config.model_type}, and a teacher is decoder-only. Take the model that the "
+            "student was converted from."
+        )
     teacher = loaded(AutoModelForCausalLM, path, dtype=getattr(torch, model.teacher_dtype))
     student, own = load_tokenizer(model.path), load_tokenizer(path)
     if vocabulary_of(student, "").fingerprint != vocabulary_of(own, "").fingerprint:
@@ -81,7 +87,9 @@ def loaded(auto: Any, path: str, **kwargs: Any) -> Any:
     try:
         return auto.from_pretrained(path, **kwargs)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be loaded: {' '.join(str(error).split())}") from error
+        # Of a config that a class is not for, transformers lists all that it is for.
+        told = " ".join(str(error).split()).partition(" Model type should be one of")[0]
+        raise UserError(f"{path} cannot be loaded: {told}") from error
 
 
 def layout_of(model: PreTrainedModel, tokenizer: Any, encoder_bos: bool | None = None) -> Layout:

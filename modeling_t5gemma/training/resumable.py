@@ -107,8 +107,9 @@ class ResumableTrainer(Seq2SeqTrainer):
         self.signals = EndOnSignal(self._any_rank)
         for theirs in (PrinterCallback, ProgressCallback):
             self.remove_callback(theirs)
+        self._progress = Progress(self.told)
         for callback in (
-            Progress(self.told),
+            self._progress,
             CompleteCheckpoints(keep, self.accelerator.wait_for_everyone, lambda: {"position": self._position}),
             self.signals,
             Curves(self.summary, self.panels),
@@ -179,6 +180,7 @@ class ResumableTrainer(Seq2SeqTrainer):
             ) from error
         finally:
             self.signals.release()
+            self._progress.close()
 
     def get_train_dataloader(self) -> Any:
         return self._batches(self._position)

@@ -128,6 +128,7 @@ def test_settings_without_meaning_are_refused():
         (DpoSettings(loss_type="hinge"), "take one of sigmoid, ipo"),
         (DpoSettings(label_smoothing=0.5), "below 0.5"),
         (DpoSettings(loss_type="ipo", label_smoothing=0.1), "no meaning with loss_type ipo"),
+        (DpoSettings(reference_model="x"), "reference_model is x, and reference left out"),
     ):
         with pytest.raises(UserError, match=words):
             settings.check()

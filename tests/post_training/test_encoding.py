@@ -66,6 +66,17 @@ def test_bad_records_are_counted_and_named_and_too_many_stop_the_run(tmp_path):
         encode(path, max_bad=3)
 
 
+def test_a_pair_is_two_texts_or_two_lists_of_messages(tmp_path):
+    for rows, told in (
+        ({"prompt": "a", "completion": [assistant("b")]}, "prompt is a text and completion a list: not two texts"),
+        ({"prompt": 1, "completion": 2}, "prompt is of type int and completion of type int"),
+    ):
+        with pytest.raises(UserError, match=told):
+            encode(write(tmp_path / "rows.jsonl", [rows]))
+    rows = [{"prompt": "a", "completion": None}, {"prompt": "a", "completion": "b"}]
+    assert "completion missing" in str(encode(write(tmp_path / "rows.jsonl", rows)).report)
+
+
 def test_what_is_too_long_is_cut_or_skipped_and_counted(tmp_path):
     rows = [{"prompt": "b" * 30, "completion": "c" * 9}, {"prompt": "b", "completion": "c"}]
     path = write(tmp_path / "rows.jsonl", rows)

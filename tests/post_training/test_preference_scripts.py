@@ -158,13 +158,18 @@ def test_a_reference_is_loaded_where_it_is_needed(loaded, scripts, config):
         ("dpo", ["--data.held_out", "24"], "cannot be held out"),
         ("dpo", ["--data.train.path", "none.jsonl"], "does not exist"),
         ("dpo", ["--lora", "{four_bit: true}"], "four_bit"),
+        ("dpo", ["--dpo", "{reference: loaded, reference_model: ORIGINAL}"], "is a gemma3_text, no encoder-decoder"),
+        ("grpo", ["--grpo.reference_model", "x"], "with beta 0 no reference is asked"),
         ("grpo", ["--grpo.rewards", "[]"], "There is no reward"),
         ("grpo", ["--grpo.rewards", "[nothing]"], "is no function: take exact_match"),
         ("grpo", ["--grpo.max_completion_length", "1000"], "was made for 256"),
         ("grpo", ["--data.held_out", "0"], "needs held-out prompts"),
     ],
 )
-def test_bad_settings_are_told_in_one_line(name, arguments, words, scripts, config):
+def test_bad_settings_are_told_in_one_line(name, arguments, words, scripts, config, tmp_path):
+    tiny.gemma3().save_pretrained(tmp_path / "original")
+    tiny.word_tokenizer().save_pretrained(tmp_path / "original")
+    arguments = [word.replace("ORIGINAL", str(tmp_path / "original")) for word in arguments]
     with pytest.raises(UserError, match=words) as error:
         MAKE[name](scripts[name].settings_of(["--config", config(name), *arguments])[0])
     assert "\n" not in str(error.value)

@@ -306,11 +306,14 @@ def test_epochs_become_steps(tmp_path):
         ({"data": {"chat_template": "nowhere.jinja"}}, "nowhere.jinja cannot be read"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "at least two held-out"),
         ({"kind": "decoder-only", "teacher": "x"}, "is decoder-only"),
+        ({"teacher": "separate"}, "The teacher .*separate is a t5gemma, and a teacher is decoder-only"),
         ({"records": [{"text": "a"}]}, "It has 'text'"),
         ({"model": "/nowhere"}, "nowhere"),
     ],
 )
 def test_bad_settings_are_told(tmp_path, changes, message):
+    if changes.get("teacher") == "separate":
+        changes = {"teacher": saved(tmp_path / "separate", "separate")}
     with pytest.raises(UserError, match=message):
         make(tmp_path, **changes)
 

@@ -115,6 +115,17 @@ def test_trials_are_run_once_and_reported(checkpoints, tmp_path, monkeypatch):
         run.run_tasks(str(checkpoints["separate"]), tasks, settings(tmp_path, space, max_steps=3), tmp_path)
 
 
+def test_a_folder_without_trials_belongs_to_nobody(checkpoints, tmp_path):
+    """A path that was mistyped does not stand in the way of the right one."""
+    space, tasks = SpaceSettings([1e-3], [4], [0.0], [0]), tasks_named("copa")
+    path = str(checkpoints["decoder"])
+    with pytest.raises(UserError, match="has neither"):
+        run.run_tasks(path, tasks, settings(tmp_path, space, data=tmp_path), tmp_path)
+    run.run_tasks(path, tasks, settings(tmp_path, space), tmp_path)
+    with pytest.raises(UserError, match=r"another data.path"):
+        run.run_tasks(path, tasks, settings(tmp_path, space, data=tmp_path), tmp_path)
+
+
 def test_killed_between_its_last_step_and_its_result(checkpoints, tmp_path, monkeypatch):
     space = SpaceSettings([1e-3], [4], [0.0], [0])
     path, tasks = str(checkpoints["decoder"]), tasks_named("copa")
