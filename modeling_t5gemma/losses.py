@@ -330,14 +330,13 @@ def _losses_to_gradients(tile: _Tile, softcap: float | None, target: Target | No
         u_RV = _capped(tile.taught_RV.to(tile.dtype, copy=True), target.softcap)
         if target.temperature == 1:
             soft, gradient_RV = _divergence(log_p_RV, u_RV.log_softmax(dim=-1), target.divergence)
-            p_RV = log_p_RV.exp_()
         else:
             t = target.temperature
             tempered = (z_RV / t).log_softmax(dim=-1), u_RV.div_(t).log_softmax(dim=-1)
             soft, gradient_RV = _divergence(*tempered, target.divergence)
             soft, gradient_RV = soft * t**2, gradient_RV.mul_(t)
-            p_RV = log_p_RV.exp_()
         if share < 1:
+            p_RV = log_p_RV.exp_()
             p_RV.scatter_add_(1, places, torch.full_like(places, -1, dtype=p_RV.dtype))
             gradient_RV.mul_(share).add_(p_RV, alpha=1 - share)
     else:
