@@ -40,6 +40,7 @@ README: Settings = {
     "examples/sft.py": {**ANSWERS, "data.max_target": 12, **GENERATED},
     "examples/dpo.py": {**ANSWERS, "data.max_target": 12},
     "examples/grpo.py": {**ANSWERS, "grpo.num_generations": 2, "grpo.max_completion_length": 4},
+    "t5gemma evaluate": {"suite": "boolq", "shots": 0, "data": ROOT / "tests" / "evaluation" / "fixtures"},
     "examples/superglue.py": {
         "task": "cb,copa",
         "data.path": FIXTURES,
@@ -75,10 +76,15 @@ def clone(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def program(words: tuple[str, ...]) -> str:
+    """What is run: a script, or the program's command."""
+    return " ".join(words[:2]) if words[0] == "t5gemma" else words[0]
+
+
 def run(words: tuple[str, ...], smaller: Settings, monkeypatch, capsys) -> None:
     """A command in this process, as the shell runs a script or the program."""
     handler = signal.getsignal(signal.SIGTERM)
-    more = [word for key, value in smaller.get(words[0], {}).items() for word in (f"--{key}", str(value))]
+    more = [word for key, value in smaller.get(program(words), {}).items() for word in (f"--{key}", str(value))]
     monkeypatch.setattr(sys, "argv", [*words, *more])
     code: object = 0
     try:
@@ -119,8 +125,9 @@ def test_the_commands_of_the_readme(clone, monkeypatch, capsys):
                 shutil.copytree("t5gemma-9b-2b", "t5gemma-2b-2b")  # which README has no line for
             monkeypatch.setattr(sys, "stdin", io.StringIO("say 3\n"))  # to chat
             run(command.words, README, monkeypatch, capsys)
-            ran.add(command.words[1] if command.words[0] == "t5gemma" else command.words[0])
-    assert ran >= {*README, "convert/from_gemma2.py", "convert", "verify", "inspect", "average", "publish", "chat"}
+            ran.add(program(command.words))
+    others = {f"t5gemma {name}" for name in ("convert", "verify", "inspect", "average", "publish", "chat")}
+    assert ran >= {*README, *others, "convert/from_gemma2.py"}
     begun = {"adapted": "gemma3-1b-1b", "tuned": "adapted", "preferred": "tuned", "rewarded": "tuned"}
     for name, path in begun.items():
         summary = json.loads((clone / name / "summary.json").read_text())
@@ -134,7 +141,8 @@ def test_the_commands_of_the_readme(clone, monkeypatch, capsys):
 def test_the_commands_of_the_real_task(clone, monkeypatch, capsys):
     """Of each loop the first turn, with the decoder-only model beside it; the other seeds are copies."""
     monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", _InThisProcess)
-    tiny_model("gemma3", max_position_embeddings=2048, num_hidden_layers=2).save_pretrained("packages-do")
+    layers = 17  # the last six of which become bidirectional, as printed
+    tiny_model("gemma3", max_position_embeddings=2048, num_hidden_layers=layers).save_pretrained("packages-do")
     chat_tokenizer().save_pretrained("packages-do")
     write_lists(clone / "lists", 400)  # of which a few are held out
     for command in commands(ROOT / "examples" / "summarize_packages.md"):
