@@ -158,6 +158,8 @@ def embed(settings: Settings) -> dict[str, dict[str, float]]:
     before = evaluator(model)
     trainer = SentenceTransformerTrainer(model, settings.training, train_dataset=train, loss=loss_of(model, settings))
     trainer.train()
+    # Training in bfloat16 leaves its autocast around the model; what is saved computes without it.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     measures = {"before": before, "after": evaluator(model)}
     output = Path(settings.training.output_dir)
     model.save(str(output))

@@ -94,6 +94,14 @@ def test_training_finds_what_belongs_together(embed, checkpoint, tmp_path):
     assert f"| after | {measures['after']['cosine_accuracy@1']:.3f} |" in told
 
 
+def test_what_is_trained_in_bfloat16_is_saved_as_it_was_measured(embed, checkpoint, tmp_path):
+    """``embed`` itself compares the vectors."""
+    measures = embed.embed(
+        embed.settings_of(arguments(checkpoint, tmp_path, "--training.bf16=true", "--training.max_steps=2"))
+    )
+    assert measures.keys() == {"before", "after"}
+
+
 def test_batches_larger_than_the_memory_have_the_same_gradient(embed, checkpoint, tmp_path):
     given = arguments(checkpoint, tmp_path)
     gradients = []
