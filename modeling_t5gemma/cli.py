@@ -13,6 +13,7 @@ from modeling_t5gemma.commands.chat import chat
 from modeling_t5gemma.commands.convert import convert_command
 from modeling_t5gemma.commands.efficiency import efficiency
 from modeling_t5gemma.commands.evaluate import evaluate
+from modeling_t5gemma.commands.export import export_command
 from modeling_t5gemma.commands.fill import fill
 from modeling_t5gemma.commands.generate import generate
 from modeling_t5gemma.commands.inspect import inspect
@@ -36,6 +37,7 @@ app.command()(chat)
 app.command()(fill)
 app.command()(efficiency)
 app.command()(evaluate)
+app.command("export")(export_command)
 app.command()(publish)
 
 

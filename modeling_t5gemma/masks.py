@@ -87,7 +87,7 @@ def join(source: AttentionPattern, own: AttentionPattern) -> AttentionPattern:
 
     Both patterns have the same queries; causality and window are those of ``own`` and count over the joined positions.
     """
-    rows = max(len(p) for p in (source.key_positions, own.key_positions, own.query_positions))
+    rows = max(p.shape[0] for p in (source.key_positions, own.key_positions, own.query_positions))
     valid = None
     if source.key_valid is not None or own.key_valid is not None:
         valid = torch.cat([_valid_or_all(source, rows), _valid_or_all(own, rows)], dim=1)

@@ -89,7 +89,10 @@ def test_floors_are_the_tested_floors():
     extras = config["options.extras_require"]
     tested = [
         config["options"]["install_requires"],
-        *(extras[name] for name in ("convert", "docs", "embed", "evaluate", "metrics", "superglue", "test", "train")),
+        *(
+            extras[name]
+            for name in ("convert", "docs", "embed", "evaluate", "export", "metrics", "superglue", "test", "train")
+        ),
     ]
     floors = {}
     for requirement in (r for text in tested for r in requirements(text) if r.name != "modeling_t5gemma"):

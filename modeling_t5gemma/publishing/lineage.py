@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..training.claims import RUN_FILE
 from ..training.papers import run_of
 from ..training.teacher_cache import INDEX as TEACHER_CACHE_INDEX
-from .settings import Publication, is_repository
+from .settings import Publication, is_repository, local_path
 
 
 @dataclass
@@ -127,25 +127,25 @@ class _Tracer:
         model = read_json(folder / RUN_FILE).get("model") or {}
         if isinstance(model, str):
             model = {"path": model}
-        if model.get("path"):
-            self.model(model["path"])
-        if model.get("teacher"):
-            self._teacher(model["teacher"])
-        if cache := model.get("teacher_cache"):
-            index = Path(cache) / TEACHER_CACHE_INDEX
-            if index.is_file():
-                self._teacher(read_json(index)["teacher"])
+        if place := model.get("path"):
+            self.model(str(local_path(place, folder) or place))
+        if place := model.get("teacher"):
+            self._teacher(place, folder)
+        if place := model.get("teacher_cache"):
+            cache = local_path(place, folder)
+            if cache is not None and (cache / TEACHER_CACHE_INDEX).is_file():
+                self._teacher(read_json(cache / TEACHER_CACHE_INDEX)["teacher"], folder)
             else:
-                self._add(self.lost_teachers, f"of the cache {cache}")
+                self._add(self.lost_teachers, f"of the cache {place}")
 
     def legal_by_name(self, name: str) -> None:
         """Take the terms of a model that is known by its name alone: who calls it Gemma is asked for Gemma's."""
         if re.search("gemma", name, re.IGNORECASE):
             self.found.legal = GEMMA_TERMS
 
-    def _teacher(self, place: str) -> None:
-        path = Path(place).expanduser()
-        if not path.exists():
+    def _teacher(self, place: str, run: Path) -> None:
+        path = local_path(place, run)
+        if path is None:
             self._add(self.found.teachers if is_repository(place) else self.lost_teachers, place)
             self.legal_by_name(place)
             return

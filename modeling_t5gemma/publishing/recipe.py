@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from ..conversion.source import read_json
 from ..training.claims import RUN_FILE
 from .results import Result
-from .settings import is_repository
+from .settings import on_hub
 
 SUMMARY_FILE = "summary.json"
 # What of transformers' arguments a reader wants, and how to call it.
@@ -70,15 +70,24 @@ def read_recipe(run: Path, checkpoint: Path) -> Recipe:
     if checkpoint.resolve().parent == run:
         step = int(checkpoint.resolve().name.rpartition("-")[2])
         log = [entry for entry in log if entry.get("step", 0) <= step and "train_runtime" not in entry]
-    sources = list(_sources(settings.get("data") or {}))
-    datasets = [source for source in sources if is_repository(source) and not Path(source).exists()]
+    data = settings.get("data") or {}
+    measured_on = list(_sources(data.get("eval") or {}))
+    sources = [source for source in _sources(data) if source not in measured_on]
+    datasets = [source for source in sources if on_hub(source, run)]
     rows = list(_rows(settings))
     if step is not None:
         rows.append(("trained for", f"{step} steps"))
+    rows.append(("rows a step", _told(summary.get("rows_per_step"))))
     rows.append(("text", ", ".join(source if source in datasets else Path(source).name for source in sources)))
     model = settings.get("model")
-    rows.append(("teacher", _name(model.get("teacher") if isinstance(model, dict) else None)))
-    return Recipe([row for row in rows if row[1]], list(_compute(log)), datasets, _held_out(log, datasets, sources))
+    rows.append(("teacher", _name(model.get("teacher") if isinstance(model, dict) else None, run)))
+    compute = [*_compute(log), ("processes", _told(summary.get("processes")))]
+    held_out = _held_out(log, run, sources, measured_on)
+    return Recipe(_said(rows), _said(compute), datasets, held_out)
+
+
+def _said(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [row for row in rows if row[1]]
 
 
 def _rows(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -108,15 +117,18 @@ def _compute(log: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:
         yield "peak memory of a process", f"{max(peaks):.1f} GiB"
 
 
-def _held_out(log: Sequence[dict[str, Any]], datasets: list[str], sources: list[str]) -> list[Result]:
+def _held_out(log: Sequence[dict[str, Any]], run: Path, sources: list[str], measured_on: list[str]) -> list[Result]:
     measured: dict[str, float] = {}
     for entry in log:
         measured |= {key: entry[key] for key in _HELD_OUT if key in entry}
-    origin = Path(sources[0]).name if sources else "training text"
+    origin = next(iter(measured_on or sources), "the training text")
+    name = (
+        f"{Path(origin).name}, not trained on" if measured_on else f"part of {Path(origin).name}, kept out of training"
+    )
     return [
         Result(
-            dataset=datasets[0] if datasets and datasets[0] == sources[0] else None,
-            name=f"windows of {origin} kept out of training",
+            dataset=origin if on_hub(origin, run) else None,
+            name=name,
             task="held-out",
             metric=title,
             value=measured[key],
@@ -141,13 +153,15 @@ def _sources(section: Any) -> Iterator[str]:
 
 
 def _told(value: Any) -> str:
-    """A setting as a reader wants it; "" for one that is off."""
+    """A setting as a reader wants it; "" for one that is off, or a renaming that renames nothing."""
     if value is None or value is False or value in ("", [], {}):
+        return ""
+    if isinstance(value, dict) and all(key == name for key, name in value.items()):
         return ""
     return "yes" if value is True else value if isinstance(value, str) else json.dumps(value)
 
 
-def _name(place: str | None) -> str:
+def _name(place: str | None, run: Path) -> str:
     if place is None:
         return ""
-    return place if is_repository(place) and not Path(place).exists() else Path(place).name
+    return place if on_hub(place, run) else Path(place).name

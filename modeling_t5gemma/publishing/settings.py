@@ -9,6 +9,8 @@ from pathlib import Path
 from ..errors import UserError
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+# What a run's paths may end in and no repository does.
+_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst", ".gguf", ".safetensors")
 # ISO 639-1 to 639-3, and the Hub's two words for what is no language.
 _LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")
 
@@ -62,5 +64,17 @@ class Publication:
 
 
 def is_repository(name: str) -> bool:
-    """Whether this is written as the Hub's repositories are, OWNER/NAME."""
-    return bool(_REPOSITORY.fullmatch(name)) and not name.startswith(".")
+    """Whether this is written as the Hub's repositories are, OWNER/NAME, and does not look like a file."""
+    return bool(_REPOSITORY.fullmatch(name)) and not name.startswith(".") and not name.endswith(_FILES)
+
+
+def local_path(name: str, run: Path) -> Path | None:
+    """Where something lies that a run names, None if it is nowhere here: from the current folder or from one that the
+    run lies in, since ``run.json`` has paths as they were typed."""
+    places = (home / Path(name).expanduser() for home in (Path(), *run.resolve().parents))
+    return next((place for place in places if place.exists()), None)
+
+
+def on_hub(name: str, run: Path) -> bool:
+    """Whether what a run names is a Hub repository, as far as can be told without a network."""
+    return is_repository(name) and local_path(name, run) is None

@@ -103,9 +103,10 @@ def _meaning(repository: str, error: Exception) -> str | None:
     if status is not None:
         return f"The Hub refused {repository} (HTTP status {status}). {_AGAIN}"
     # hf_xet, which has connections of its own, raises a RuntimeError.
-    if _cause(error, HTTPError, ConnectionError, TimeoutError) is None and not isinstance(error, RuntimeError):
+    cause = _cause(error, HTTPError, ConnectionError, TimeoutError)
+    if cause is None and not isinstance(error, RuntimeError):
         return None
-    return f"The connection to the Hub was lost ({type(error).__name__}). Check the network. {_AGAIN}"
+    return f"The connection to the Hub was lost ({type(cause or error).__name__}). Check the network. {_AGAIN}"
 
 
 def _cause(error: BaseException, *kinds: type[BaseException]) -> Any:

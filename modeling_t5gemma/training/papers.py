@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from .claims import RUN_FILE
 
-# What a checkpoint says about its licence, and the code that one of our own model type carries.
-PAPERS = ("NOTICE*", "LICENSE*", "*TERMS*", "*.py")
+# What a checkpoint says about its licence.
+LEGAL = ("NOTICE*", "LICENSE*", "*TERMS*")
+# And the code that one of our own model type carries.
+PAPERS = (*LEGAL, "*.py")
 
 
 def copy_papers(checkpoint: str, output: Path) -> None:
@@ -32,9 +35,20 @@ def papers_of_run(checkpoint: Path) -> list[Path]:
     run = run_of(checkpoint)
     if run is None:
         return []
-    begun = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["model"]["path"]
-    return [run / RUN_FILE, *(_papers(run) or _papers(Path(begun)))]
+    return [run / RUN_FILE, *(_papers(run) or _papers(_begun(run)))]
 
 
-def _papers(folder: Path) -> list[Path]:
-    return [path for pattern in PAPERS for path in folder.glob(pattern)] if folder.is_dir() else []
+def legal_papers(checkpoint: Path) -> list[Path]:
+    """Terms and notices that hold for a checkpoint's weights: those beside it, or else beside its run, or else beside
+    the local checkpoint that the run began as."""
+    run = run_of(checkpoint)
+    places = [checkpoint] if run is None else [checkpoint, run, _begun(run)]
+    return next((found for place in places if (found := _papers(place, LEGAL))), [])
+
+
+def _begun(run: Path) -> Path:
+    return Path(json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["model"]["path"])
+
+
+def _papers(folder: Path, patterns: Sequence[str] = PAPERS) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern)] if folder.is_dir() else []

@@ -153,7 +153,8 @@ class ResumableTrainer(Seq2SeqTrainer):
 
     def summary(self) -> dict[str, Any]:
         """What ``summary.json`` says at its top."""
-        return {**self.describe, "position": self._position}
+        rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return {**self.describe, "position": self._position, "rows_per_step": rows, "processes": self.args.world_size}
 
     # The Trainer's
 

@@ -69,5 +69,7 @@ def write_run(folder: Path, base: str, teacher: str | None = None, **model: str)
         {"step": 20, "train_runtime": 7200.0},
     ]
     (folder / "run.json").write_text(json.dumps(settings))
-    (folder / "summary.json").write_text(json.dumps({"settings": settings, "step": 20, "log": log}))
+    (folder / "summary.json").write_text(
+        json.dumps({"settings": settings, "step": 20, "log": log, "rows_per_step": 8, "processes": 4})
+    )
     return folder

@@ -2,6 +2,8 @@
 
 What goes wrong is decided by the repository's owner: ``refused`` has a token that is none, ``full`` no storage left,
 and ``dropping`` loses the connection at the second large file until the upload is begun anew.
+
+``python -m tests.publishing.hub`` serves until it is interrupted; it checks large files and forgets what is in them.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ def git_oid(data: bytes) -> str:
 class Hub(ThreadingHTTPServer):
     """Serves from a thread of its own until ``shutdown``."""
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, port: int = 0, keeps: bool = True) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.keeps = keeps
         self.repositories: dict[str, Stored] = {}
         self.blobs: dict[str, bytes] = {}
         self.puts: list[str] = []
@@ -140,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         assert hashlib.sha256(data).hexdigest() == oid
         self.server.puts.append(oid)
-        self.server.blobs[oid] = data
+        self.server.blobs[oid] = data if self.server.keeps else b""
         self.answer(200)
 
     def commit(self, name: str, entries: list[dict]) -> None:
@@ -155,3 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
                 del stored.files[value["path"]]
         stored.commits.append([entry["value"]["path"] for entry in entries if entry["key"] != "header"])
         self.answer(200, {"commitUrl": f"{self.server.endpoint}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+
+
+if __name__ == "__main__":
+    hub = Hub(port=8765, keeps=False)
+    print(f"HF_ENDPOINT={hub.endpoint}", flush=True)
+    threading.Event().wait()

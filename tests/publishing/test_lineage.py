@@ -58,6 +58,21 @@ def test_a_student_of_a_gemma_teacher_is_a_derivative(tmp_path, how):
     assert trace(publication(run, **settings)).legal == GEMMA_TERMS
 
 
+def test_paths_of_a_run_are_found_from_any_folder(tmp_path, monkeypatch):
+    """They are as they were typed: elsewhere "models/big" would be a repository, and a teacher's terms be lost."""
+    converted(tmp_path / "base", "owner/other", family="other")
+    decoder_only(tmp_path / "big", "gemma3_text")
+    (tmp_path / "runs").mkdir()
+    run = write_run(tmp_path / "runs" / "first", "models/base", "models/big")
+    (tmp_path / "models").mkdir()
+    for name in ("base", "big"):
+        (tmp_path / name).rename(tmp_path / "models" / name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = trace(publication(run))
+    assert (found.bases, found.teachers, found.legal) == (["owner/other"], ["big"], GEMMA_TERMS)
+
+
 def test_what_has_nothing_of_gemma_needs_no_terms(tmp_path):
     other = str(decoder_only(tmp_path / "smol", "llama"))
     found = trace(publication(write_run(tmp_path / "run", "owner/other", other)))

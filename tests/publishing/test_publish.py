@@ -108,6 +108,8 @@ def test_a_trained_checkpoints_card_says_what_its_run_did(made, checkpoint, tmp_
     for said in (
         "| learning rate | 0.0001 |",
         "| trained for | 20 steps |",
+        "| rows a step | 8 |",
+        "| processes | 4 |",
         "| teacher | google/gemma-3-1b-pt |",
         "| text | owner/prose, notes.jsonl |",
         "| time of the last session | 2.00 h |",

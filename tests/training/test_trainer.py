@@ -116,6 +116,7 @@ def test_it_learns_and_reports(tmp_path):
         assert {"eval_teacher", "eval_teacher_without"} <= set(entry)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["step"] == 30 and summary["teacher"]["without"]["mean"] > 0
+    assert (summary["rows_per_step"], summary["processes"]) == (8, 1)
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
