@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from .blocked_attention import blocked_attention
+from .dense_attention import dense_attention
 from .flash_attention import flash_attention
 from .flex_attention import flex_attention
 from .masks import AttentionPattern
@@ -26,7 +27,11 @@ Attended = tuple[torch.Tensor, torch.Tensor | None]
 
 @dataclass(frozen=True)
 class Needs:
-    """What one call asks of a backend."""
+    """What one call asks of a backend.
+
+    Attributes:
+        few_queries: so few that their scores take no more room than the keys; a step of decoding is of this kind.
+    """
 
     softcap: bool = False
     dropout: bool = False
@@ -34,6 +39,7 @@ class Needs:
     training: bool = False
     device: str = "cpu"
     dtype: torch.dtype | None = None
+    few_queries: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ BACKENDS = {
         Backend("eager", softcap=True, dropout=True, weights=True),
         Backend("sdpa", softcap=False, dropout=True, weights=False, why="torch's fused kernel has no such option"),
         Backend("blocked", softcap=True, dropout=False, weights=False, why="weights exist one block at a time"),
+        Backend("dense", softcap=True, dropout=False, weights=False, why="it is made for decoding"),
         Backend(
             "flex_attention",
             softcap=True,
@@ -156,6 +163,7 @@ def attention(
     softcap: float | None = None,
     dropout: float = 0.0,
     need_weights: bool = False,
+    before: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Attended:
     """softmax(cap(scale * q k)) v over the keys that ``pattern`` lets each query see.
 
@@ -168,6 +176,7 @@ def attention(
         softcap: scores become softcap * tanh(scores / softcap); None for no cap.
         dropout: probability of dropping a weight; pass 0 outside training.
         need_weights: also return the weights (B, N, T, S).
+        before: keys and values that stand before the others in ``pattern`` and lie elsewhere.
 
     Returns:
         (B, N, T, H) in the dtype of the queries, and the weights or None. A query that sees no key gives 0.
@@ -175,15 +184,22 @@ def attention(
     Raises:
         ValueError: the backend cannot do what is asked.
     """
+    device = q_BNTH.device.type
     needs = Needs(
         softcap=softcap is not None,
         dropout=dropout > 0,
         weights=need_weights,
         training=torch.is_grad_enabled() and (q_BNTH.requires_grad or k_BGSH.requires_grad),
-        device=q_BNTH.device.type,
+        device=device,
         dtype=q_BNTH.dtype,
+        few_queries=not is_compiling() and not torch.is_autocast_enabled(device) and _few(q_BNTH, k_BGSH),
     )
     name = resolve_backend(backend, needs)
+    if name == "dense":
+        parts = [(k_BGSH, v_BGSH)] if before is None else [before, (k_BGSH, v_BGSH)]
+        return dense_attention(q_BNTH, parts, pattern, scale=scale, softcap=softcap), None
+    if before is not None:
+        k_BGSH, v_BGSH = torch.cat([before[0], k_BGSH], dim=2), torch.cat([before[1], v_BGSH], dim=2)
     call = _CALLS[name]
     if pattern.query_segments is None or name not in _BY_DOCUMENT or needs.device != "cpu" or is_compiling():
         return call(q_BNTH, k_BGSH, v_BGSH, pattern, scale, softcap, dropout)
@@ -193,10 +209,16 @@ def attention(
     return out_BNTH, None
 
 
+def _few(q_BNTH: torch.Tensor, k_BGSH: torch.Tensor) -> bool:
+    """Whether the scores (N * T for each key of a row) take no more room than the keys (G * H for each)."""
+    return q_BNTH.shape[1] * q_BNTH.shape[2] <= k_BGSH.shape[1] * k_BGSH.shape[3]
+
+
 def _preference(needs: Needs) -> tuple[str, ...]:
     if needs.device == "cuda":
         return ("flash_attention_3", "flash_attention_2", "sdpa", "flex_attention", "blocked", "eager")
-    return ("sdpa", "blocked", "eager")
+    decoding = needs.few_queries and not needs.training and needs.device == "cpu"
+    return ("dense", "sdpa", "blocked", "eager") if decoding else ("sdpa", "blocked", "eager")
 
 
 def _names(names: object) -> str:

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import Attended, attention
 from .cache import KeyValues, cross_key_values
 from .configuration_t5gemma import StackConfig
-from .layers import GatedMLP, RMSNorm, Rope, apply_rope
+from .layers import GatedMLP, RMSNorm, Rope, apply_rope, dropout
 from .masks import AttentionPattern
 
 
@@ -69,7 +69,12 @@ class _Attention(nn.Module):
         return self.k_norm(self.split_heads(self.k_proj(source))), self.split_heads(self.v_proj(source))
 
     def attend(
-        self, q_BNTH: torch.Tensor, key_values: KeyValues, pattern: AttentionPattern, need_weights: bool
+        self,
+        q_BNTH: torch.Tensor,
+        key_values: KeyValues,
+        pattern: AttentionPattern,
+        need_weights: bool,
+        before: KeyValues | None = None,
     ) -> Attended:
         out_BNTH, weights = attention(
             q_BNTH,
@@ -80,6 +85,7 @@ class _Attention(nn.Module):
             softcap=self.softcap,
             dropout=self.config.attention_dropout if self.training else 0.0,
             need_weights=need_weights,
+            before=before,
         )
         return self.o_proj(out_BNTH.transpose(1, 2).flatten(2)), weights
 
@@ -90,9 +96,10 @@ class T5GemmaSelfAttention(_Attention):
     def __init__(self, config: StackConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx, config.hidden_size)
 
-    def rotated_key_values(self, x: torch.Tensor, rope: Rope) -> KeyValues:
+    def project(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, KeyValues]:
+        """Queries (B, N, T, H), and keys and values (B, G, T, H), rotated where they are."""
         keys, values = self.key_values(x)
-        return apply_rope(keys, rope), values
+        return apply_rope(self.queries(x), rope), (apply_rope(keys, rope), values)
 
     def forward(
         self,
@@ -104,14 +111,10 @@ class T5GemmaSelfAttention(_Attention):
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
         """Output (B, T, D), weights or None, and the layer's own keys and values."""
-        q_BNTH = apply_rope(self.queries(x), rope)
-        own = self.rotated_key_values(x, rope)
+        q_BNTH, own = self.project(x, rope)
         if past_key_values is not None:
             own = past_key_values.self_attention_cache.update(*own, self.layer_idx)
-        seen = own
-        if source is not None:
-            seen = torch.cat([source[0], own[0]], dim=2), torch.cat([source[1], own[1]], dim=2)
-        out, weights = self.attend(q_BNTH, seen, pattern, need_weights)
+        out, weights = self.attend(q_BNTH, own, pattern, need_weights, before=source)
         return out, weights, *own
 
 
@@ -148,7 +151,7 @@ class T5GemmaEncoderLayer(GradientCheckpointingLayer):
         self.mlp = GatedMLP(config)
         self.pre_feedforward_layernorm = norm(config, config.hidden_size)
         self.post_feedforward_layernorm = post_norm(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = dropout(config.dropout_rate)
 
     def forward(
         self, x: torch.Tensor, rope: Rope, pattern: AttentionPattern, need_weights: bool = False
@@ -175,7 +178,7 @@ class T5GemmaDecoderLayer(GradientCheckpointingLayer):
         self.mlp = GatedMLP(config)
         self.pre_feedforward_layernorm = norm(config, config.hidden_size)
         self.post_feedforward_layernorm = post_norm(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = dropout(config.dropout_rate)
 
     def forward(
         self,

@@ -72,6 +72,11 @@ class _RMSNorm(torch.autograd.Function):
         return grad_x.type_as(x), grad_weight, None, None
 
 
+def dropout(rate: float) -> nn.Module:
+    """What drops that share of its input in training, where any is to be dropped."""
+    return nn.Dropout(rate) if rate else nn.Identity()
+
+
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x)), with dropout before the last projection."""
 
@@ -81,7 +86,7 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_activation]
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = dropout(config.dropout_rate)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = self.down_proj(self.dropout(self.act_fn(self.gate_proj(x)) * self.up_proj(x)))

@@ -55,6 +55,10 @@ class AttentionPattern:
         """The dense mask, bool (B or 1, 1, T, S), True where a key is seen; None when every query sees every key."""
         return None if self.sees_everything else self.derive("visible", self._build_visible)
 
+    def hidden(self) -> torch.Tensor | None:
+        """The opposite of ``visible``, True where a key is not seen."""
+        return None if self.sees_everything else self.derive("hidden", lambda: ~self._build_visible())
+
     def derive(self, name: str, build: Callable[[], Derived]) -> Derived:
         """What a backend makes of this pattern, built by the first layer that needs it."""
         if name not in self._derived:

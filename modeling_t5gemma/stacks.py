@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.compiler import is_compiling
 from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
@@ -17,9 +18,9 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention import AUTO, BACKENDS, Needs, resolve_backend
 from .blocks import DECODER_LAYERS, T5GemmaEncoderLayer, repeat_rows
-from .cache import KeyValues, new_cache, seen_tokens, with_whole_cross_attention
+from .cache import KeyValues, fitted, new_cache, seen_tokens
 from .configuration_t5gemma import SLIDING, StackConfig, T5GemmaConfig, T5GemmaModuleConfig, is_bidirectional
-from .layers import ClassificationHead, RMSNorm, Rope, RotaryEmbedding
+from .layers import ClassificationHead, RMSNorm, Rope, RotaryEmbedding, dropout
 from .losses import IGNORED
 from .masks import AttentionPattern, ends_of_source, join, positions_in_segments
 
@@ -148,7 +149,7 @@ class Stack(T5GemmaPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_unit_offset)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = dropout(config.dropout_rate)
         self.rotary_emb = nn.ModuleDict({kind: RotaryEmbedding(config, kind) for kind in set(config.layer_types)})
         self.gradient_checkpointing = False
         self.post_init()
@@ -290,14 +291,14 @@ class T5GemmaDecoder(Stack):
         if (segment_ids is None) != (source.segment_ids is None):
             raise ValueError("Packed rows need segment_ids and decoder_segment_ids; only one was given.")
         if past_key_values is not None:
-            past_key_values = with_whole_cross_attention(past_key_values, self.config, source.length)
+            past_key_values = fitted(past_key_values, self.config, source.length)
         elif use_cache:
             past_key_values = new_cache(self.config)
         if segment_ids is not None and past_key_values is not None:
             raise ValueError("Packed rows cannot be cached: call with use_cache=False.")
 
         inferable = input_ids if past_key_values is None else None
-        valid = real_tokens(attention_mask, segment_ids, inferable, self._inferable_pad())
+        valid = unless_all_are(real_tokens(attention_mask, segment_ids, inferable, self._inferable_pad()))
         positions, slots = self._positions(x, position_ids, valid, segment_ids, past_key_values)
         if self.config.cross_attention_type == "layerwise":
             positions = positions + ends_of_source(source.positions, source.valid, source.segment_ids, segment_ids)
@@ -362,8 +363,9 @@ class T5GemmaDecoder(Stack):
     ) -> dict[str, AttentionPattern]:
         """What a target token sees of the target, by layer type: a sliding layer's cache holds other keys."""
         patterns = {}
+        seen = seen_tokens(cache)
         for kind in set(self.config.layer_types):
-            key_positions, key_valid = positions, valid
+            causal, window, key_positions, key_valid = True, self.window(kind), positions, valid
             query_valid = None if valid is None else valid[:, -x.shape[1] :]
             if cache is not None:
                 length, offset = cache.self_attention_cache.get_mask_sizes(
@@ -374,8 +376,13 @@ class T5GemmaDecoder(Stack):
                 if valid is not None:
                     # Slots that are not written yet lie beyond the mask; causality hides them.
                     key_valid = valid[:, key_slots.clamp(max=valid.shape[1] - 1)]
+                if x.shape[1] == 1 and isinstance(seen, int) and offset + length == seen + 1:
+                    # One query and no later key. A layerwise decoder's window counts over its source too.
+                    causal = False
+                    if window is not None and length <= window and self.config.cross_attention_type == "separate":
+                        window = None
             patterns[kind] = AttentionPattern(
-                positions, key_positions, True, self.window(kind), key_valid, segment_ids, segment_ids, query_valid
+                positions, key_positions, causal, window, key_valid, segment_ids, segment_ids, query_valid
             )
         return patterns
 
@@ -417,7 +424,8 @@ def _source(
     if outputs is None:
         raise ValueError("The decoder needs encoder_outputs.")
     hidden = outputs.last_hidden_state
-    valid = real_tokens(mask if mask is not None else outputs.get("attention_mask"), segment_ids, None, None)
+    given = mask if mask is not None else outputs.get("attention_mask")
+    valid = unless_all_are(real_tokens(given, segment_ids, None, None))
     positions = outputs.get("position_ids")
     if positions is None:
         positions = positions_of(hidden, valid, segment_ids)
@@ -445,6 +453,16 @@ def real_tokens(
         return mask.bool()
     if input_ids is not None and pad is not None:
         return input_ids != pad
+    return None
+
+
+def unless_all_are(real: torch.Tensor | None) -> torch.Tensor | None:
+    """Which tokens are no padding, or None when all are known to be none: then nothing has to be masked.
+
+    To know it is to read values, for which a GPU would have to be waited for, and which a traced graph does not have.
+    """
+    if real is None or real.device.type != "cpu" or is_compiling() or not bool(real.all()):
+        return real
     return None
 
 

@@ -210,6 +210,9 @@ def test_the_best_legal_backend_is_taken():
     assert resolve_backend(None, Needs(softcap=True, weights=True)) == "eager"
     assert resolve_backend(None, Needs(softcap=True, dropout=True)) == "eager"
     assert resolve_backend(None, Needs(softcap=True, device="cuda", dtype=torch.float32)) == "flex_attention"
+    assert resolve_backend(None, Needs(few_queries=True)) == "dense"
+    assert resolve_backend(None, Needs(few_queries=True, softcap=True, training=True)) == "blocked"
+    assert resolve_backend(None, Needs(few_queries=True, device="cuda", dtype=torch.float32)) == "sdpa"
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ HUB_FILES = {
     "blocks",
     "cache",
     "configuration_t5gemma",
+    "dense_attention",
     "flash_attention",
     "flex_attention",
     "layers",

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice, tee
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.inference.batching import generate_ids, generate_texts
 from modeling_t5gemma.inference.loading import DTYPES, load_checkpoint
+from modeling_t5gemma.inference.packing import pack_weights
 from modeling_t5gemma.inference.prompts import Prompts, longest_prompt
 from modeling_t5gemma.inference.records import Encoder, Record, read_records
 from modeling_t5gemma.inference.sampling import ends_of, generation_config, pad_token
@@ -48,6 +49,10 @@ def generate(
     base: Annotated[str | None, typer.Option(help="Of an adapter, if it has moved.")] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}. auto is the checkpoint's.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    weights: Annotated[
+        Literal["plain", "packed", "int8"],
+        typer.Option(help="On a CPU, packed is faster and takes more memory; int8 is faster still, and rounded."),
+    ] = "plain",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Continue texts or answer questions, a line each. A line break in a text's answer is written as \\n; JSON lines
@@ -55,6 +60,8 @@ def generate(
     source = _Source(input_, chat)
     _check_output(output, input_)
     found = load_checkpoint(checkpoint, base=base, dtype=dtype, device=device)
+    if weights != "plain":
+        pack_weights(found.model, int8=weights == "int8")
     prompts = Prompts.of(found.model, found.tokenizer)
     limit = longest_prompt(found.model, max_new_tokens)
     count, with_chat = None, chat
