@@ -135,9 +135,9 @@ class PackedSelfAttention(T5GemmaSelfAttention):
         self.sizes = (queries + keys, values)
         self.queries_and_keys = (queries, keys)
         self.qkv_proj = pack(*layers)
-        self.o_proj = pack(attention.o_proj)
+        self.o_proj = pack(attention.o_proj)  # type: ignore[assignment]  # called, and nothing else
         self.qk_norm: nn.Module = nn.Identity()
-        if isinstance(attention.q_norm, RMSNorm):
+        if isinstance(attention.q_norm, RMSNorm) and isinstance(attention.k_norm, RMSNorm):
             gains = (_gain(attention.q_norm).expand(queries, 1, -1), _gain(attention.k_norm).expand(keys, 1, -1))
             self.qk_norm = PackedNorm(torch.cat(gains), attention.q_norm.eps)
 

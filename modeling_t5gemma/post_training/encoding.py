@@ -291,7 +291,8 @@ def _kind(value: Any) -> str:
     """What a column holds, in words."""
     if value is None:
         return "missing"
-    return {str: "a text", list: "a list"}.get(type(value), f"of type {type(value).__name__}")
+    words: dict[type, str] = {str: "a text", list: "a list"}
+    return words.get(type(value), f"of type {type(value).__name__}")
 
 
 def _present(records: Any, columns: ColumnsSettings, name: str) -> ColumnsSettings:
