@@ -151,11 +151,11 @@ def read_packages(lists: Path) -> list[Package]:
         UserError: a list is missing or cannot be read.
     """
     sources: dict[str, str] = {}
-    for fields in _stanzas_of(lists, "Packages"):
+    for fields in stanzas_of(lists, "Packages"):
         # "Source: name (version)", where it has another name or version than the package
         sources.setdefault(fields["Package"], fields.get("Source", fields["Package"]).split()[0])
     packages: dict[str, Package] = {}
-    for fields in _stanzas_of(lists, "Translation-en"):
+    for fields in stanzas_of(lists, "Translation-en"):
         name = fields["Package"]
         if name in sources and name not in packages:
             packages[name] = Package(name, sources[name], *title_and_description(fields["Description-en"]))
@@ -200,7 +200,7 @@ def title_and_description(field: str) -> tuple[str, str]:
     return title.strip(), "\n".join(text).strip()
 
 
-def _stanzas_of(folder: Path, kind: str) -> Iterator[dict[str, str]]:
+def stanzas_of(folder: Path, kind: str) -> Iterator[dict[str, str]]:
     """The records of the files of a kind, whichever mirror and suite they are from."""
     files = sorted(path for path in folder.glob("*") if re.fullmatch(rf"(.*_)?{kind}(\.\w+)?", path.name))
     if not files:
