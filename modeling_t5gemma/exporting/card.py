@@ -63,9 +63,10 @@ def write_card(folder: Path, checkpoint: Path, export: Export, config: Any, pape
         config: the model's.
         papers: names of the files with terms and notices.
     """
-    data = {}
+    data, origin = {}, ""
     source = checkpoint / CARD_FILE
     if source.is_file():
+        origin = f" What it is made of and trained on: [{SOURCE_CARD_FILE}]({SOURCE_CARD_FILE})."
         shutil.copyfile(source, folder / SOURCE_CARD_FILE)
         known = ModelCard.load(source, ignore_metadata_errors=True).data.to_dict()
         data = {key: known[key] for key in _PASSED_ON if key in known}
@@ -76,14 +77,14 @@ def write_card(folder: Path, checkpoint: Path, export: Export, config: Any, pape
         f"---\n{metadata.to_yaml()}\n---",
         f"# {export.checkpoint} for {title}, {export.quantization}",
         f"`{export.checkpoint}`, an encoder-decoder, written for {title} by [modeling_t5gemma]"
-        f"(https://pypi.org/project/modeling-t5gemma)"
-        + (f". What it is made of and trained on: [{SOURCE_CARD_FILE}]({SOURCE_CARD_FILE})." if data else "."),
+        f"(https://pypi.org/project/modeling-t5gemma).{origin}",
         "## Use",
         f'```python\nfolder = "where/this/lies"\n\n{_code(export, config)}```',
         *_programs(export),
         f"## Beside the model in float32\n\n{_table(export.deviation.rows())}",
-        "## Limits\n\n" + "\n".join(f"- {limit}" for limit in export.limits),
     ]
+    if export.limits:
+        parts.append("## Limits\n\n" + "\n".join(f"- {limit}" for limit in export.limits))
     if papers:
         named = ", ".join(f"`{name}`" for name in papers)
         parts.append(
