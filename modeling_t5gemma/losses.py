@@ -373,8 +373,9 @@ def _divergence(log_p_RV: torch.Tensor, log_q_RV: torch.Tensor, kind: Divergence
 
 
 def _capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """In place."""
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    """In place. softcap * tanh(x / softcap) = 2 * softcap * sigmoid(2 * x / softcap) - softcap, and on a CPU a sigmoid
+    takes a third of the time of a tanh."""
+    return logits if softcap is None else logits.mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)
 
 
 def _through_softcap(gradient: torch.Tensor, capped: torch.Tensor, softcap: float | None) -> torch.Tensor:
