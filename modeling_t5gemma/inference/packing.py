@@ -2,7 +2,8 @@
 
 A step of decoding reads every weight once and computes little with it: it takes as long as reading takes, if nothing
 else costs time. oneDNN reads a matrix about twice as fast in a layout of its own as torch does row by row, and one of
-8-bit integers four times as fast as one of float32. What else a step does is many small operations, so matrices with
+8-bit integers four times as fast as one of float32, if the processor has instructions for them (VNNI); where it has
+none, FBGEMM does so with states of 7 bits. What else a step does is many small operations, so matrices with
 the same input become one, and what is the same at every step is computed once.
 
 Shapes: B batch, T length, N query heads, G key/value heads, H head_dim, D width, V vocabulary; K columns and M rows of
@@ -11,6 +12,7 @@ a matrix.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +31,7 @@ Pack = Callable[..., nn.Module]
 ROWS = 8
 LARGEST = 127  # the range is symmetric: -128 is left out
 ZERO = 128  # what stands for 0 in the unsigned integers that oneDNN multiplies by signed ones
+NARROW_LARGEST, NARROW_ZERO = 63, 64  # the same for 7 bits
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -36,8 +39,8 @@ def pack_weights(model: T5GemmaForConditionalGeneration, *, int8: bool = False) 
     """Make a model fit for generating on a CPU, in place, and for nothing else.
 
     Without ``int8`` it computes what it did but for rounding. With it, each row of a matrix is rounded to 255 values
-    by its largest, the language-model head's too, and so is each token's state wherever it meets a matrix. Embeddings
-    stay as they are: a head that is tied to them is held once more.
+    by its largest, the language-model head's too, and so is each token's state wherever it meets a matrix (to 127
+    values on a processor without VNNI). Embeddings stay as they are: a head that is tied to them is held once more.
 
     Args:
         model: float32 or bfloat16, on the CPU, without an adapter. With ``int8``, float32 is the faster one.
@@ -49,9 +52,8 @@ def pack_weights(model: T5GemmaForConditionalGeneration, *, int8: bool = False) 
     Raises:
         UserError: the model is none of these, or this processor or build of torch cannot do it.
     """
-    pack = QuantizedLinear if int8 else PackedLinear
-    _check(model, pack)
-    _replace(model, pack)
+    _check(model)
+    _replace(model, _pack_for(model.dtype, int8))
     model.register_state_dict_pre_hook(_refuse_to_save)
     return model.requires_grad_(False).eval()
 
@@ -84,20 +86,44 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         weight, self.bias = _joined(layers)
         self.out_features, self.in_features = weight.shape
-        weight = weight.float()
-        self.scales = weight.abs().amax(dim=1).clamp(min=TINY) / LARGEST
-        rounded = (weight / self.scales[:, None]).round_().to(torch.int8)
+        rounded, self.scales = _rounded(weight)
         self.weight = torch.ops.onednn.qlinear_prepack(rounded, [ROWS, self.in_features])
         self.zeros = torch.zeros(self.out_features, dtype=torch.int32)
         self.half_up = torch.tensor(ZERO + 0.5)  # what follows cuts off
         self.multiply = torch.ops.onednn.qlinear_pointwise.default
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=TINY)
+        largest = _largest(x)
         rounded = torch.addcdiv(self.half_up, x, largest, value=LARGEST).to(torch.uint8)
         weight = (self.weight, self.scales, self.zeros)
         y = self.multiply(rounded, 1 / LARGEST, ZERO, *weight, None, 1.0, 0, torch.float32, "none", [], "")
         y = y.mul_(largest)
+        return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class NarrowLinear(nn.Module):
+    """``QuantizedLinear`` on processors without VNNI, where a sum of two products of 8-bit integers is cut off at 16
+    bits: a token's state has 7 bits, with which it cannot come so far."""
+
+    def __init__(self, *layers: nn.Linear) -> None:
+        super().__init__()
+        weight, self.bias = _joined(layers)
+        self.out_features, self.in_features = weight.shape
+        rounded, scales = _rounded(weight)
+        zeros = torch.zeros(self.out_features, dtype=torch.int64)
+        with warnings.catch_warnings():
+            # Tensors of these types are to leave torch one day; the probe tells when there are none any more.
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions", category=UserWarning)
+            made = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
+        self.weight = torch.ops.quantized.linear_prepack(made, None)
+        self.multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        largest = _largest(x)
+        y = self.multiply(x / largest, 1 / NARROW_LARGEST, NARROW_ZERO, self.weight).mul_(largest)
         return (y if self.bias is None else y.add_(self.bias)).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -170,7 +196,7 @@ class PackedHead(nn.Module):
         super().__init__()
         assert head.softcap is not None
         self.softcap = head.softcap
-        self.dtype = torch.float32 if pack is QuantizedLinear else head.out_proj.weight.dtype
+        self.dtype = head.out_proj.weight.dtype if pack is PackedLinear else torch.float32
         self.least = torch.tensor(-head.softcap)
         self.out_proj = pack(head.out_proj)
 
@@ -201,6 +227,18 @@ def _gain(norm: RMSNorm) -> torch.Tensor:
     return norm.offset + norm.weight.detach().float()
 
 
+def _rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix (M, K) as 8-bit integers, and what each row was divided by, float32 (M,)."""
+    weight = weight.float()
+    scales = weight.abs().amax(dim=1).clamp(min=TINY) / LARGEST
+    return (weight / scales[:, None]).round_().to(torch.int8), scales
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """The largest magnitude of each token's state, float32 (..., 1), above 0."""
+    return torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=TINY)
+
+
 def _joined(layers: tuple[nn.Linear, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Weight (M, K) and bias (M,); all layers have a bias or none has."""
     weight = torch.cat([layer.weight.detach() for layer in layers])
@@ -212,7 +250,7 @@ def _refuse_to_save(*args: Any) -> None:
     raise UserError("A model whose weights were packed cannot be saved. Save it before, or load the checkpoint again.")
 
 
-def _check(model: nn.Module, pack: Pack) -> None:
+def _check(model: nn.Module) -> None:
     if not isinstance(model, T5GemmaForConditionalGeneration):
         raise UserError(f"{type(model).__name__} cannot be packed: only an encoder-decoder that generates can.")
     with torch.device("meta"):
@@ -229,22 +267,34 @@ def _check(model: nn.Module, pack: Pack) -> None:
             f"Only weights of one dtype, float32 or bfloat16, on the CPU can be packed; these are "
             f"{', '.join(sorted(kinds))}. Load them with dtype=torch.float32 and device='cpu'."
         )
-    _probe(pack, model.dtype)
 
 
 def _kinds(model: nn.Module) -> dict[str, type[nn.Module]]:
     return {name: type(module) for name, module in model.named_modules()}
 
 
-def _probe(pack: Pack, dtype: torch.dtype) -> None:
-    """Whether products come out right. Some processors cut off sums of two products of 8-bit integers."""
+def _pack_for(dtype: torch.dtype, int8: bool) -> Pack:
+    """The first way that this processor and this build of torch can go.
+
+    Raises:
+        UserError: there is none.
+    """
+    ways: tuple[Pack, ...] = (QuantizedLinear, NarrowLinear) if int8 else (PackedLinear,)
+    for pack in ways:
+        if multiplies(pack, dtype):
+            return pack
+    what = "8-bit integers" if int8 else f"packed {dtype}"
+    advice = "Load float32 weights, or generate without packing."
+    if int8 or dtype == torch.float32:
+        advice = "Generate without packing."
+    raise UserError(f"This processor, or this build of torch, cannot multiply {what}. {advice}")
+
+
+def multiplies(pack: Pack, dtype: torch.dtype) -> bool:
+    """Whether its products come out right here. Some processors cut off sums of two products of 8-bit integers."""
     layer = nn.Linear(64, 16, bias=False, dtype=dtype)
     layer.weight.data.fill_(1.0)
     try:
-        made = pack(layer)(torch.ones(1, 64, dtype=dtype))
-        right = bool((made == 64).all())
+        return bool((pack(layer)(torch.ones(1, 64, dtype=dtype)) == 64).all())
     except (AttributeError, RuntimeError):
-        right = False
-    if not right:
-        what = "8-bit integers" if pack is QuantizedLinear else f"packed {dtype}"
-        raise UserError(f"This processor, or this build of torch, cannot multiply {what}. Generate without packing.")
+        return False

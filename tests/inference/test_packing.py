@@ -11,7 +11,15 @@ from torch import nn
 from modeling_t5gemma.commands.generate import generate
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.inference import packing
-from modeling_t5gemma.inference.packing import PackedHead, PackedLinear, PackedNorm, QuantizedLinear, pack_weights
+from modeling_t5gemma.inference.packing import (
+    NarrowLinear,
+    PackedHead,
+    PackedLinear,
+    PackedNorm,
+    QuantizedLinear,
+    multiplies,
+    pack_weights,
+)
 from modeling_t5gemma.layers import LMHead, RMSNorm
 from modeling_t5gemma.lora import lora_config
 from tests.inference.conftest import MAKE as CHECKPOINTS
@@ -26,10 +34,20 @@ MODES = [
     {"prompt_lookup_num_tokens": 3},
 ]
 
+INT8 = [
+    pytest.param(
+        QuantizedLinear,
+        127,
+        marks=pytest.mark.skipif(
+            not multiplies(QuantizedLinear, torch.float32), reason="the processor has no products of 8-bit integers"
+        ),
+    ),
+    pytest.param(NarrowLinear, 63),
+]
+
 
 @pytest.fixture(scope="module", params=MAKE)
 def model(request):
-    torch.manual_seed(0)
     return MAKE[request.param]()
 
 
@@ -75,6 +93,9 @@ def test_packed_logits_and_losses_are_the_same(model, same):
 
 
 @torch.no_grad()
+@pytest.mark.skipif(
+    not multiplies(PackedLinear, torch.bfloat16), reason="the processor has no products of packed bfloat16"
+)
 def test_bfloat16_is_no_further_from_float32_when_packed(model):
     batch = {"input_ids": tokens(2, 30), "decoder_input_ids": tokens(2, 20, seed=1)}
     exact = model(**batch).logits
@@ -85,9 +106,11 @@ def test_bfloat16_is_no_further_from_float32_when_packed(model):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("pack, largest", INT8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_8_bits_stay_near(model, dtype):
+def test_8_bits_stay_near(model, dtype, pack, largest, monkeypatch):
     """Weights of a tiny random model round to 1 part in 100; its layers carry that to the logits."""
+    monkeypatch.setattr(packing, "QuantizedLinear", pack)
     batch = {"input_ids": tokens(4, 30), "decoder_input_ids": tokens(4, 20, seed=1)}
     expected, got = model(**batch).logits, packed(copy.deepcopy(model).to(dtype), int8=True)(**batch).logits.float()
     assert torch.isfinite(got).all()
@@ -96,25 +119,36 @@ def test_8_bits_stay_near(model, dtype):
 
 
 @torch.no_grad()
-def test_8_bit_products_are_those_of_the_integers():
+@pytest.mark.parametrize("pack, largest", INT8)
+def test_8_bit_products_are_those_of_the_integers(pack, largest):
     layers = [linear(96, 40), linear(96, 24)]
     x = torch.randn(5, 3, 96)
-    got = QuantizedLinear(*layers)(x)
+    got = pack(*layers)(x)
     weight = torch.cat([layer.weight for layer in layers])
     w_scale = weight.abs().amax(1, keepdim=True) / 127
-    x_scale = x.abs().amax(-1, keepdim=True) / 127
+    x_scale = x.abs().amax(-1, keepdim=True) / largest
     q_w, q_x = (weight / w_scale).round().double(), (x / x_scale + 0.5).floor().double()
     expected = (q_x @ q_w.T) * x_scale * w_scale[:, 0]
     torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-5)
-    assert q_x.abs().max() == q_w.abs().max() == 127
+    assert q_x.abs().max() == largest and q_w.abs().max() == 127
     # Half a step of rounding on either side.
     bound = (x_scale / 2) @ weight.abs().sum(1)[None] + x.abs().sum(-1, keepdim=True) @ (w_scale.T / 2)
     assert ((got - x @ weight.T).abs() <= bound + 96 * x_scale * w_scale.T / 4 + 1e-5).all()
 
 
 @torch.no_grad()
-def test_8_bit_rows_do_not_depend_on_their_batch_and_nothing_is_nothing():
-    layer = QuantizedLinear(linear(64, 32))
+@pytest.mark.parametrize("pack, largest", INT8)
+def test_8_bit_sums_are_not_cut_off(pack, largest):
+    """Two products of the largest integers are above 16 bits where states have 8."""
+    layer = linear(256, 8)
+    layer.weight.copy_(torch.tensor([1.0, -1.0] * 4)[:, None])
+    torch.testing.assert_close(pack(layer)(torch.ones(1, 256)), torch.tensor([[256.0, -256.0] * 4]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pack, largest", INT8)
+def test_8_bit_rows_do_not_depend_on_their_batch_and_nothing_is_nothing(pack, largest):
+    layer = pack(linear(64, 32))
     x = torch.randn(8, 64) * torch.logspace(-3, 3, 8)[:, None]
     together = layer(x)
     for row in range(8):
@@ -123,12 +157,12 @@ def test_8_bit_rows_do_not_depend_on_their_batch_and_nothing_is_nothing():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("pack", [PackedLinear, QuantizedLinear])
-def test_a_bias_is_added(pack):
+@pytest.mark.parametrize("pack, largest", [(PackedLinear, None), *INT8])
+def test_a_bias_is_added(pack, largest):
     layers = [linear(16, 24, bias=True), linear(16, 8, bias=True)]
     x = torch.randn(2, 5, 16)
     expected = torch.cat([layer(x) for layer in layers], dim=-1)
-    torch.testing.assert_close(pack(*layers)(x), expected, atol=0.03 if pack is QuantizedLinear else 1e-6, rtol=0)
+    torch.testing.assert_close(pack(*layers)(x), expected, atol=3 / largest if largest else 1e-6, rtol=0)
 
 
 @torch.no_grad()
@@ -187,6 +221,7 @@ def test_a_processor_that_cannot_is_told_apart(model, monkeypatch):
             raise RuntimeError("could not create a primitive")
 
     monkeypatch.setattr(packing, "QuantizedLinear", Saturating)
+    monkeypatch.setattr(packing, "NarrowLinear", Missing)
     monkeypatch.setattr(packing, "PackedLinear", Missing)
     for int8, what in ((True, "8-bit integers"), (False, "torch.float32")):
         before = copy.deepcopy(model)
