@@ -212,9 +212,7 @@ def check_saved(model: SentenceTransformer, folder: Path, texts: list[str], devi
     again = SentenceTransformer(str(folder), trust_remote_code=True, device=device)
     expected = model.encode(texts)
     difference = float(np.linalg.norm(again.encode(texts) - expected) / np.linalg.norm(expected))
-    assert difference < 1e-4, (
-        f"the saved model's vectors differ from the trained one's by {difference:.1e} of their length"
-    )
+    assert difference < 1e-4, f"the saved vectors differ from the trained by {difference:.1e} of their length"
 
 
 def table(measures: dict[str, dict[str, float]]) -> str:
