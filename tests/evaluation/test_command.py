@@ -66,6 +66,23 @@ def test_both_kinds_of_models_by_one_tool(checkpoints, run, tmp_path):
     assert len(set(perplexities)) == 3
 
 
+def test_the_example_of_a_task_of_ones_own(checkpoints, run, tmp_path):
+    """The titles of Debian's packages, each with its own place among the choices."""
+    rows = [
+        {"prompt": f"About {word}s.\n\nThe title:\n", "completion": f"{word} {i}"} for i, word in enumerate("ab" * 6)
+    ]
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    tasks = Path(__file__).parents[2] / "examples" / "tasks"
+    folder = checkpoints("layerwise", **LONG)
+    own = ("--suite", "package_titles", "--include", tasks, "--data", tmp_path)
+    assert "package_titles" in run(folder, *own, "--output", tmp_path / "results")
+    samples = Tasks([tasks]).make(*Tasks([tasks]).leaves("package_titles"), tmp_path).test_docs()
+    assert all(row["choices"][row["own"]] == row["completion"] for row in samples)
+    assert [row["own"] for row in samples] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert all(len(set(row["choices"])) == 10 for row in samples)
+
+
 def test_what_is_finished_is_kept_and_not_run_again(checkpoints, run, tmp_path, monkeypatch):
     folder = checkpoints("layerwise", **LONG)
     asked = []
