@@ -45,8 +45,6 @@ CLAIMS = (
           "not tried", claimed=False),
     Claim("adaptation with layerwise cross-attention beats more decoder-only training", "layerwise", "single", "loss",
           "not tried", claimed=False),
-    Claim("adaptation with layerwise cross-attention beats more decoder-only training, tuned", "layerwise", "single",
-          "labels", "not tried", claimed=False),
     Claim("distillation beats the text alone", "distilled", "copy", "loss",
           "\"often improves small models significantly\", no figure"),
     Claim("distillation beats the text alone, tuned", "distilled", "copy", "labels", "not stated", claimed=False),

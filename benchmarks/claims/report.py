@@ -110,25 +110,28 @@ def draw(path: Path, settings: Settings, results: Results) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(10.5, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     tokens = settings.sizes.batch * settings.sizes.window
     drawn = {name: arm for name, arm in ARMS.items() if arm.curve and name in results}
     for axes, key, title in zip(panels, ("loss", "use"), ("held-out loss, bits a byte", "encoder use, bits a byte")):
+        highest = 0.0
         for number, (name, arm) in enumerate(drawn.items()):
             points = np.array([[point[key] for point in each["curve"]] for each in results[name]])
             steps = [point["step"] * tokens / 1000 for point in results[name][0]["curve"]]
-            # What some starts begin with would hide all the rest.
-            first = 1 if key == "loss" else 0
+            means = points.mean(axis=0)
+            highest = max(highest, *means[2:])
             axes.plot(
-                steps[first:], points.mean(axis=0)[first:], _STYLES[number % len(_STYLES)], color=f"C{number % 10}",
+                steps, means, _STYLES[number % len(_STYLES)], color=f"C{number % 10}",
                 markersize=3, linewidth=1.2, label=arm.title if name != "copy" else "copied",
             )  # fmt: skip
+        if key == "loss" and highest:  # what some starts begin with would hide all the rest
+            axes.set_ylim(top=highest)
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("thousand tokens of text")
         axes.grid(alpha=0.3)
-    panels[1].legend(fontsize="x-small")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, dpi=90, format="png")
 
 
