@@ -47,7 +47,8 @@ def test_both_kinds_of_models_by_one_tool(checkpoints, run, tmp_path):
     table = (tmp_path / "results.md").read_text()
     for name in (*suite.split(","), "of local files", "the first 2 examples", *(folder.name for folder in folders)):
         assert name in table and name in shown
-    assert "separate0, layerwise0: each block of 128 tokens" in table and "decoder_only0: each token" in table
+    separate, layerwise, decoder_only = (folder.name for folder in folders)
+    assert f"{separate}, {layerwise}: each block of 128 tokens" in table and f"{decoder_only}: each token" in table
     found = [results(tmp_path / folder.name) for folder in folders]
     assert [each["config"]["backend"] for each in found] == ["seq2seq", "seq2seq", "causal"]
     assert {each["config"]["max_length"] for each in found} == {2048}
