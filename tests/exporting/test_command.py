@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -107,11 +108,24 @@ def test_what_is_in_the_way_stays(separate, texts, tmp_path):
     arguments = [separate, "--format", "ctranslate2", "--output", out, "--texts", texts]
     with pytest.raises(UserError, match="exists"):
         command(*arguments)
-    with pytest.raises(UserError, match="leaves it alone"):
-        command(*arguments, "--overwrite")
-    (out / "config.json").write_text("{}")
+    for name in ("config.json", "export.json"):  # a checkpoint is no export
+        with pytest.raises(UserError, match="leaves it alone"):
+            command(*arguments, "--overwrite")
+        (out / name).write_text("{}")
     command(*arguments, "--overwrite")
     assert not (out / "mine").exists() and (out / "model.bin").is_file()
+
+
+def test_the_checkpoint_itself_is_never_replaced(separate, texts, tmp_path):
+    checkpoint = Path(shutil.copytree(separate, tmp_path / "run" / "checkpoint-10"))
+    (checkpoint.parent / "config.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    for out in (checkpoint, checkpoint.parent):
+        (out / "export.json").write_text("{}")
+        with pytest.raises(UserError, match=r"the checkpoint, which would be lost"):
+            command(checkpoint, "--format", "ctranslate2", "--output", out, "--texts", texts, "--overwrite")
+    (checkpoint / "export.json").unlink()
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 
 
 def test_what_fails_half_way_leaves_nothing(separate, texts, tmp_path, monkeypatch):
