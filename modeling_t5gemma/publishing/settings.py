@@ -6,6 +6,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # looked up when it is imported
+
 from ..errors import UserError
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -49,10 +52,17 @@ class Publication:
     public: bool = False
 
     def __post_init__(self) -> None:
+        if not self.checkpoint.is_dir():
+            raise UserError(f"{self.checkpoint} is no folder. Give a checkpoint's (hf download fetches one).")
         for option, names in (("The repository", (self.repository,)), ("--base", self.bases)):
             for name in names:
-                if not is_repository(name):
+                if not (is_repository(name) and _is_allowed(name)):
                     raise UserError(f"{option} {name!r} is not the name of a Hub repository. Give OWNER/NAME.")
+        for dataset in self.datasets:
+            if not _is_allowed(dataset):  # some data sets have no owner
+                raise UserError(f"--dataset {dataset!r} is not the name of a data set of the Hub. Give OWNER/NAME.")
+        if not all(teacher.strip() for teacher in self.teachers):
+            raise UserError("--teacher is empty. Give OWNER/NAME, or leave it out.")
         for language in self.languages:
             if not _LANGUAGE.fullmatch(language):
                 raise UserError(
@@ -61,6 +71,15 @@ class Publication:
                 )
         if self.from_scratch and self.bases:
             raise UserError("--from-scratch and --base contradict each other. Give one of them.")
+
+
+def _is_allowed(name: str) -> bool:
+    """Whether the Hub allows this as the name of a repository."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def is_repository(name: str) -> bool:
