@@ -21,9 +21,9 @@ from ..conversion.family import Legal
 from ..conversion.source import read_json
 from ..errors import UserError
 from ..training.claims import RUN_FILE
-from ..training.papers import run_of
+from ..training.papers import local_path, run_of
 from ..training.teacher_cache import INDEX as TEACHER_CACHE_INDEX
-from .settings import Publication, is_repository, local_path
+from .settings import Publication, is_repository
 
 _SECONDS = 10.0  # to wait for the Hub's answer
 

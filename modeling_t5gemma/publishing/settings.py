@@ -10,6 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # looked up when it is imported
 
 from ..errors import UserError
+from ..training.papers import local_path
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # What a run's paths may end in and no repository does.
@@ -85,13 +86,6 @@ def _is_allowed(name: str) -> bool:
 def is_repository(name: str) -> bool:
     """Whether this is written as the Hub's repositories are, OWNER/NAME, and does not look like a file."""
     return bool(_REPOSITORY.fullmatch(name)) and not name.startswith(".") and not name.endswith(_FILES)
-
-
-def local_path(name: str, run: Path) -> Path | None:
-    """Where something lies that a run names, None if it is nowhere here: from the current folder or from one that the
-    run lies in, since ``run.json`` has paths as they were typed."""
-    places = (home / Path(name).expanduser() for home in (Path(), *run.resolve().parents))
-    return next((place for place in places if place.exists()), None)
 
 
 def on_hub(name: str, run: Path) -> bool:

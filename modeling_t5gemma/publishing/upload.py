@@ -101,9 +101,7 @@ def _meaning(repository: str, error: Exception) -> str | None:
         return "HF_HUB_OFFLINE is set, so nothing is sent. Unset it."
     if _METADATA in str(error):
         why = " ".join(str(error).partition(_METADATA)[2].split()).lstrip(".- ")
-        return (
-            f"The Hub does not take the card's metadata ({why}). Give --license, --language and --dataset as it does."
-        )
+        return f"The Hub refuses the card's metadata ({why}). Give --license, --language and --dataset as it has."
     said = str(getattr(found, "server_message", None) or error).lower()
     if status == 401:
         return (

@@ -142,12 +142,14 @@ def test_what_fails_half_way_leaves_nothing(separate, texts, tmp_path, monkeypat
 
 
 def test_terms_of_a_run_go_with_its_checkpoints(separate, texts, tmp_path):
-    """They lie beside what the run began as."""
+    """They lie beside what the run began as, whose path is as it was typed, in whatever folder that was."""
     run = tmp_path / "run"
+    shutil.copytree(separate, tmp_path / separate.name)
     checkpoint = save(tiny.t5gemma(ONE, ONE), run / "checkpoint-10")
+    (checkpoint / "LICENSES").mkdir()
     for name in ("NOTICE", "GEMMA_TERMS.md", "README.md"):
         (checkpoint / name).unlink()
-    (run / "run.json").write_text(json.dumps({"model": {"path": str(separate)}}))
+    (run / "run.json").write_text(json.dumps({"model": {"path": separate.name}}))
     out = tmp_path / "out"
     command(checkpoint, "--format", "ctranslate2", "--output", out, "--texts", texts)
     assert (out / "NOTICE").read_bytes() == (separate / "NOTICE").read_bytes()
