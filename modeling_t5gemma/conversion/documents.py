@@ -82,8 +82,8 @@ def _card(target: Target, plan: Plan, options: ConversionOptions, terms_file: st
         base_model=[source.name for source in _distinct_sources(target) if "/" in source.name] or None,
         library_name="transformers",
         license=legal.license if legal else None,
-        pipeline_tag="text2text-generation",
-        tags=["encoder-decoder", target.config.model_type],
+        pipeline_tag="text-generation",
+        tags=["encoder-decoder", "text2text-generation", target.config.model_type],
     )
     rows: dict[str, list[object]] = {
         "source": [target.encoder.source.name, target.decoder.source.name],

@@ -36,7 +36,8 @@ from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 packages = Packages.load(folder)
-ids = tokenizer("The text that the encoder reads"{options}, return_tensors="pt").input_ids
+text = {begin}"The text that the encoder reads"
+ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 print(tokenizer.decode(packages.generate(ids, max_new_tokens=64)[0], skip_special_tokens=True))
 """
 _PROGRAMS = """\
@@ -98,7 +99,7 @@ def _code(export: Export, config: Any) -> str:
     if export.format == "ctranslate2":
         return _CTRANSLATE2
     layerwise = config.cross_attention_type == "layerwise"  # whose encoder reads a <bos>
-    return _PACKAGES.format(options="" if layerwise else ", add_special_tokens=False")
+    return _PACKAGES.format(begin="tokenizer.bos_token + " if layerwise else "")
 
 
 def _programs(export: Export) -> list[str]:

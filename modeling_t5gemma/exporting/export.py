@@ -67,9 +67,9 @@ def export(
 
     Raises:
         UserError: the checkpoint is of another kind or one that the runtime cannot represent, a package is missing,
-            a text does not fit, or ``output`` is in the way.
+            a text does not fit, or ``output`` is in the way, is no export or holds the checkpoint.
     """
-    check_output(output, overwrite=overwrite)
+    _check_output(checkpoint, output, overwrite)
     quantization = chosen(format, quantization)
     backend = backend_of(format, quantization)
     _check_kind(checkpoint, backend)
@@ -103,6 +103,15 @@ def export(
             shutil.copyfile(path, folder / path.name)
         write_card(folder, checkpoint, made, config, [path.name for path in papers])
     return made
+
+
+def _check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
+    check_output(output, overwrite=overwrite)
+    given, wanted = checkpoint.expanduser().resolve(), output.expanduser().resolve()
+    if wanted == given or wanted in given.parents:
+        raise UserError(f"--output {output} is or holds the checkpoint, which would be lost. Choose another.")
+    if output.exists() and not (output / RECORD_FILE).is_file():
+        raise UserError(f"{output} is no export (it has no {RECORD_FILE}), so --overwrite leaves it alone.")
 
 
 def _check_kind(checkpoint: Path, backend: Backend) -> None:

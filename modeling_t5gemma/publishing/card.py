@@ -46,7 +46,12 @@ def make_card(
     name = given.repository.partition("/")[2]
     config = validated.config
     datasets = [*given.datasets, *(dataset for recipe in recipes for dataset in recipe.datasets)]
-    tags = ["encoder-decoder", config.model_type, *(["distillation"] if lineage.teachers else [])]
+    tags = [
+        "encoder-decoder",
+        "text2text-generation",
+        config.model_type,
+        *(["distillation"] if lineage.teachers else []),
+    ]
     data = ModelCardData(
         base_model=lineage.bases or None,
         base_model_relation=_relation(lineage),
@@ -54,7 +59,7 @@ def make_card(
         language=list(given.languages) or None,
         datasets=list(dict.fromkeys(datasets)) or None,
         library_name="transformers",
-        pipeline_tag="text2text-generation",
+        pipeline_tag="text-generation",  # the Hub's task of encoder-decoders too, "text2text-generation" is a tag
         tags=tags,
         model_name=name if results else None,
         eval_results=model_index(results) or None,
@@ -85,8 +90,9 @@ def make_card(
         has_record=has_record,
         needs_package=validated.needs_code,
         layerwise=config.cross_attention_type == "layerwise",
+        chats=validated.chats,
         training=_training(recipes, given.hardware),
-        evaluation=_evaluation(results),
+        evaluation=_evaluation(results) or ("Not evaluated." if recipes else None),
         legal=lineage.legal,
         terms_file=terms_file,
         teachers=lineage.teachers,

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the HTTP library's, passed on
+
 from ..conversion.documents import RECORD_FILE
 from ..conversion.families import FAMILIES
 from ..conversion.families.gemma import GEMMA_TERMS
@@ -18,9 +21,11 @@ from ..conversion.family import Legal
 from ..conversion.source import read_json
 from ..errors import UserError
 from ..training.claims import RUN_FILE
-from ..training.papers import run_of
+from ..training.papers import local_path, run_of
 from ..training.teacher_cache import INDEX as TEACHER_CACHE_INDEX
-from .settings import Publication, is_repository, local_path
+from .settings import Publication, is_repository
+
+_SECONDS = 10.0  # to wait for the Hub's answer
 
 
 @dataclass
@@ -82,7 +87,30 @@ def trace(given: Publication) -> Lineage:
             f"The teacher {', '.join(tracer.lost_teachers)} is no longer there, so nobody can tell whose terms hold. "
             "Name it: --teacher OWNER/NAME."
         )
+    if found.legal is None and any(map(_is_licensed_as_gemma, filter(is_repository, found.bases + found.teachers))):
+        found.legal = GEMMA_TERMS
     return found
+
+
+def _is_licensed_as_gemma(repository: str) -> bool:
+    """Whether the Hub has it under Gemma's licence, whatever its name; not where it cannot be asked."""
+    try:
+        tags = HfApi().model_info(repository, timeout=_SECONDS).tags or []
+    except (HTTPError, OSError):
+        return False
+    return f"license:{GEMMA_TERMS.license}" in tags
+
+
+def read_notice(path: Path) -> str:
+    """The text of a notice.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} has to be passed on and cannot be read ({error}). Save it as UTF-8.") from error
 
 
 class _Tracer:
@@ -111,7 +139,7 @@ class _Tracer:
         self._folder(path)
         run = run_of(path)
         if (path / RECORD_FILE).is_file():
-            self._conversion(read_json(path / RECORD_FILE))
+            self._conversion(path / RECORD_FILE)
         if run is not None:
             self.run(run)
         elif not (path / RECORD_FILE).is_file():
@@ -154,9 +182,16 @@ class _Tracer:
             self._folder(path.resolve())
         self._add(self.found.teachers, path.name)
 
-    def _conversion(self, record: dict[str, Any]) -> None:
+    def _conversion(self, path: Path) -> None:
+        record = read_json(path)
         for side in ("encoder", "decoder"):
-            name, family = record[side]["source"], FAMILIES.get(record[side]["family"])
+            stack = record.get(side)
+            if not isinstance(stack, dict) or not {"source", "family"} <= stack.keys():
+                raise UserError(
+                    f"{path} does not say what the {side} was converted from. Put back the file that t5gemma convert "
+                    "wrote, or remove it and give --base OWNER/NAME."
+                )
+            name, family = stack["source"], FAMILIES.get(stack["family"])
             self._add(self.found.bases if is_repository(name) else self.found.local, name)
             if family is not None and family.legal is not None:
                 self.found.legal = family.legal
@@ -177,7 +212,7 @@ class _Tracer:
     def _folder(self, path: Path) -> None:
         self._add(self.found.folders, path)
         for notice in path.glob("NOTICE*"):
-            if GEMMA_TERMS.notice in notice.read_text(encoding="utf-8"):
+            if notice.is_file() and GEMMA_TERMS.notice in read_notice(notice):
                 self.found.legal = GEMMA_TERMS
 
     @staticmethod

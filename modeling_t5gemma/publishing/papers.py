@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..conversion.family import Legal
 from ..errors import UserError
-from .lineage import Lineage
+from .lineage import Lineage, read_notice
 
 _LICENCES = ("LICENSE*", "LICENCE*")
 
@@ -70,7 +70,7 @@ def _notice(lineage: Lineage, legal: Legal) -> list[str]:
     if lineage.teachers:
         paragraphs.append(f"They were trained on the output of {' and '.join(lineage.teachers)}.")
     for path in _found(lineage.folders, ("NOTICE*",)):
-        paragraphs += path.read_text(encoding="utf-8").strip().split("\n\n")
+        paragraphs += read_notice(path).strip().split("\n\n")
     return list(dict.fromkeys(paragraphs))
 
 
@@ -79,6 +79,6 @@ def _found(folders: Iterable[Path], patterns: Iterable[str]) -> list[Path]:
     paths: dict[str, Path] = {}
     for folder in folders:
         for pattern in patterns:
-            for path in sorted(folder.glob(pattern)):
+            for path in sorted(path for path in folder.glob(pattern) if path.is_file()):
                 paths.setdefault(path.name, path)
     return list(paths.values())

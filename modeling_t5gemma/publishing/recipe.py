@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -68,8 +69,10 @@ def read_recipe(run: Path, checkpoint: Path) -> Recipe:
     log: list[dict[str, Any]] = summary.get("log", [])
     step = summary.get("step")
     if checkpoint.resolve().parent == run:
-        step = int(checkpoint.resolve().name.rpartition("-")[2])
-        log = [entry for entry in log if entry.get("step", 0) <= step and "train_runtime" not in entry]
+        numbered = re.fullmatch(r"checkpoint-(\d+)", checkpoint.resolve().name)
+        step = int(numbered[1]) if numbered else None
+        until = -1 if step is None else step  # of another folder in the run nobody knows what was measured
+        log = [entry for entry in log if entry.get("step", 0) <= until and "train_runtime" not in entry]
     data = settings.get("data") or {}
     measured_on = list(_sources(data.get("eval") or {}))
     sources = [source for source in _sources(data) if source not in measured_on]

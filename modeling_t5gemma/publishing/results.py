@@ -6,8 +6,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +51,22 @@ def read_results(path: Path) -> list[Result]:
     """Results from a file: ``results.json`` of a SuperGLUE run or of ``t5gemma evaluate``, or what lm-eval writes.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or holds a value that is no number.
     """
+    if not path.is_file():
+        raise UserError(f"--evaluation {path} is no file. Give results that an evaluation wrote.")
     content = read_json(path)
-    if {"mean_accuracy", "tasks"} <= content.keys():
-        return list(_superglue(content["tasks"]))
-    if {"results", "configs"} <= content.keys():
-        return list(_lm_eval(content))
+    found: list[Result] = []
+    with suppress(AttributeError, KeyError, TypeError):  # of another shape than either
+        if {"mean_accuracy", "tasks"} <= content.keys():
+            found = list(_superglue(content["tasks"]))
+        elif {"results", "configs"} <= content.keys():
+            found = list(_lm_eval(content))
+    for result in found:
+        if not math.isfinite(result.value):
+            raise UserError(f"{path} has {result.value} as {result.metric} of {result.name}, which tells nothing.")
+    if found:
+        return found
     raise UserError(
         f"{path} holds no results that are known here. Give results.json of t5gemma evaluate or of "
         "examples/superglue.py, or a file that lm-eval wrote (--output_path)."
@@ -66,7 +77,7 @@ def model_index(results: Sequence[Result]) -> list[EvalResult]:
     """The results for the card's metadata."""
     return [
         EvalResult(
-            task_type="text2text-generation",
+            task_type="text-generation",
             dataset_type=result.dataset or _slug(result.name),
             dataset_name=result.name,
             dataset_config=result.task if result.dataset else None,

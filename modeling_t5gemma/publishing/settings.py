@@ -6,7 +6,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # looked up when it is imported
+
 from ..errors import UserError
+from ..training.papers import local_path
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # What a run's paths may end in and no repository does.
@@ -49,10 +53,17 @@ class Publication:
     public: bool = False
 
     def __post_init__(self) -> None:
+        if not self.checkpoint.is_dir():
+            raise UserError(f"{self.checkpoint} is no folder. Give a checkpoint's (hf download fetches one).")
         for option, names in (("The repository", (self.repository,)), ("--base", self.bases)):
             for name in names:
-                if not is_repository(name):
+                if not (is_repository(name) and _is_allowed(name)):
                     raise UserError(f"{option} {name!r} is not the name of a Hub repository. Give OWNER/NAME.")
+        for dataset in self.datasets:
+            if not _is_allowed(dataset):  # some data sets have no owner
+                raise UserError(f"--dataset {dataset!r} is not the name of a data set of the Hub. Give OWNER/NAME.")
+        if not all(teacher.strip() for teacher in self.teachers):
+            raise UserError("--teacher is empty. Give OWNER/NAME, or leave it out.")
         for language in self.languages:
             if not _LANGUAGE.fullmatch(language):
                 raise UserError(
@@ -63,16 +74,18 @@ class Publication:
             raise UserError("--from-scratch and --base contradict each other. Give one of them.")
 
 
+def _is_allowed(name: str) -> bool:
+    """Whether the Hub allows this as the name of a repository."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def is_repository(name: str) -> bool:
     """Whether this is written as the Hub's repositories are, OWNER/NAME, and does not look like a file."""
     return bool(_REPOSITORY.fullmatch(name)) and not name.startswith(".") and not name.endswith(_FILES)
-
-
-def local_path(name: str, run: Path) -> Path | None:
-    """Where something lies that a run names, None if it is nowhere here: from the current folder or from one that the
-    run lies in, since ``run.json`` has paths as they were typed."""
-    places = (home / Path(name).expanduser() for home in (Path(), *run.resolve().parents))
-    return next((place for place in places if place.exists()), None)
 
 
 def on_hub(name: str, run: Path) -> bool:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
 
@@ -19,10 +20,16 @@ from ..errors import UserError
 
 _PAPERS = ["NOTICE*", "LICEN?E*", "*TERMS*", "README.md"]
 _WEIGHTS = ["*.safetensors"]
+# What of an earlier version goes if this one has it not: weights under any number of parts, the index of such parts,
+# which would be looked into first, and what those weights reached. In the repository's own folder, that is: an
+# owner's other files stay.
+_WEIGHTS_BEFORE = ["model.safetensors", "model-?????-of-?????.safetensors"]
+_REST_BEFORE = ["model.safetensors.index.json", ".eval_results/*.yaml", "conversion.json", "sentinels.json"]
 _AGAIN = "The same command goes on where this one stopped."
 # How the Hub names a limit that is reached: no status of its own stands for it.
 _LIMIT_WORDS = ("storage", "quota", "limit reached", "exceeded")
 _LIMIT_STATUS = (402, 413, 507)
+_METADATA = "Invalid metadata in README.md"  # a ValueError too, with the Hub's words
 _BATCH = "lfs batch api"  # whose refusals come as a ValueError with the Hub's words
 
 
@@ -30,7 +37,7 @@ def upload(folder: Path, repository: str, *, public: bool) -> str:
     """Upload a folder, or go on with an upload that was interrupted: what is there already is not sent again.
 
     The terms go first, so that the weights are never there without them, and the config last, so that what can be
-    loaded is whole. Weights of an earlier version that this one has not are deleted.
+    loaded is whole. Weights of an earlier version that this one has not are deleted, and so is what was said of them.
 
     Args:
         public: whether a new repository is; one that exists has to be so already, or not.
@@ -47,8 +54,8 @@ def upload(folder: Path, repository: str, *, public: bool) -> str:
         url = _repository(api, repository, public)
         for message, wanted, others, gone in (
             ("Add terms and model card", _PAPERS, None, None),
-            ("Add weights", _WEIGHTS, None, _WEIGHTS),
-            ("Add config, tokenizer and code", None, [*_PAPERS, *_WEIGHTS], None),
+            ("Add weights", _WEIGHTS, None, _WEIGHTS_BEFORE),
+            ("Add config, tokenizer and code", None, [*_PAPERS, *_WEIGHTS], _REST_BEFORE),
         ):
             api.upload_folder(
                 repo_id=repository,
@@ -90,6 +97,11 @@ def _meaning(repository: str, error: Exception) -> str | None:
     owner = repository.partition("/")[0]
     found = _cause(error, HfHubHTTPError)
     status = found.response.status_code if found is not None and found.response is not None else None
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so nothing is sent. Unset it."
+    if _METADATA in str(error):
+        why = " ".join(str(error).partition(_METADATA)[2].split()).lstrip(".- ")
+        return f"The Hub refuses the card's metadata ({why}). Give --license, --language and --dataset as it has."
     said = str(getattr(found, "server_message", None) or error).lower()
     if status == 401:
         return (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
 from ..conversion.source import read_headers, read_json
@@ -20,6 +23,7 @@ from ..errors import UserError
 from ..inference.adapters import ADAPTER_CONFIG
 from ..inference.loading import Checkpoint, load_checkpoint
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 _TEXT = "The encoder reads this text, and the decoder goes on from it."
 _SOURCE_TOKENS, _TARGET_TOKENS, _NEW_TOKENS = 12, 8, 8
 # How far the logits of two implementations may be apart, relative to the largest. Weights that are read wrongly give
@@ -38,6 +42,7 @@ class Validated:
         dtypes: what they are stored in.
         needs_code: whether stock transformers cannot load it, so that its repository has to hold the code.
         generated: what it said to a fixed text.
+        chats: whether its tokenizer has a chat template.
     """
 
     config: T5GemmaConfig | AdaptedSeq2SeqConfig
@@ -46,6 +51,7 @@ class Validated:
     dtypes: tuple[str, ...]
     needs_code: bool
     generated: str
+    chats: bool
 
 
 def validate(folder: Path) -> Validated:
@@ -59,6 +65,8 @@ def validate(folder: Path) -> Validated:
     tensors = read_headers(folder)
     _check_shapes(folder, config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     _check_tokenizer(folder)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        read_json(folder / GENERATION_CONFIG_NAME)  # one that is damaged is passed over when a model is loaded
     checkpoint = load_checkpoint(str(folder))
     words = len(checkpoint.tokenizer)
     if words > config.decoder.vocab_size:
@@ -67,6 +75,7 @@ def validate(folder: Path) -> Validated:
             "that belong together."
         )
     generated = _generate(folder, checkpoint)
+    chats = bool(checkpoint.tokenizer.chat_template)
     needs_code = not isinstance(config, T5GemmaConfig)
     if not needs_code:
         inputs = _inputs(config, checkpoint.model.device)
@@ -82,6 +91,7 @@ def validate(folder: Path) -> Validated:
         tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
         needs_code,
         generated,
+        chats,
     )
 
 
@@ -94,14 +104,14 @@ def _config(folder: Path) -> T5GemmaConfig | AdaptedSeq2SeqConfig:
         raise UserError(
             f"{folder / 'config.json'} is of model type {kind!r}. Only 't5gemma' and 'adapted_seq2seq' are published."
         )
-    (architecture,) = raw.get("architectures") or [""]
+    architecture = " and ".join(raw.get("architectures") or ())
     if not architecture.endswith("ForConditionalGeneration"):
         raise UserError(f"{folder} holds a {architecture or 'model without a class'}. Only those that generate are.")
     if "quantization_config" in raw:
         raise UserError(f"{folder / 'config.json'} describes quantised weights. Publish those that it was made from.")
     try:
         config: T5GemmaConfig | AdaptedSeq2SeqConfig = AutoConfig.from_pretrained(folder)
-    except ValueError as error:
+    except Exception as error:  # transformers checks each field with an exception of its own
         raise UserError(f"{folder / 'config.json'} is not valid ({' '.join(str(error).split())}).") from error
     return config
 
@@ -126,6 +136,12 @@ def _check_tokenizer(folder: Path) -> None:
         raise UserError(
             f"{folder / 'tokenizer_config.json'} names no tokenizer_class, so others might read the vocabulary "
             "wrongly. Save the tokenizer again (save_pretrained)."
+        )
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        # transformers makes a tokenizer of the special tokens alone, and every word becomes an unknown one.
+        raise UserError(
+            f"{folder} has no {' or '.join(_VOCABULARIES)}, so its tokenizer has no words. Save the tokenizer again "
+            "(save_pretrained)."
         )
     if "auto_map" in config:
         raise UserError(f"{folder / 'tokenizer_config.json'} asks for code of its own (auto_map). Save a plain one.")
@@ -171,10 +187,10 @@ def _logits(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def _check_stock(
     folder: Path, own: torch.Tensor, inputs: dict[str, torch.Tensor], dtype: torch.dtype, device: torch.device
 ) -> None:
+    with contextlib.redirect_stdout(io.StringIO()):  # its module prints what its docstrings lack, when it is imported
+        cls = transformers.T5GemmaForConditionalGeneration
     try:
-        stock, found = transformers.T5GemmaForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", output_loading_info=True
-        )
+        stock, found = cls.from_pretrained(folder, dtype=dtype, attn_implementation="eager", output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"transformers' own T5Gemma cannot load {folder} ({' '.join(str(error).split())[:200]}). Give it the "

@@ -29,6 +29,13 @@ def run_of(checkpoint: Path) -> Path | None:
     return None
 
 
+def local_path(name: str, run: Path) -> Path | None:
+    """Where something lies that a run names, None if it is nowhere here: from the current folder or from one that the
+    run lies in, since ``run.json`` has paths as they were typed."""
+    places = (home / Path(name).expanduser() for home in (Path(), *run.resolve().parents))
+    return next((place for place in places if place.exists()), None)
+
+
 def papers_of_run(checkpoint: Path) -> list[Path]:
     """What has to accompany weights made of a run's checkpoint: the run's settings, which tell where it comes from,
     and the papers of the run or of the local checkpoint that it began as. Nothing where there was no run."""
@@ -47,8 +54,11 @@ def legal_papers(checkpoint: Path) -> list[Path]:
 
 
 def _begun(run: Path) -> Path:
-    return Path(json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["model"]["path"])
+    place = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["model"]["path"]
+    return local_path(place, run) or Path(place)
 
 
 def _papers(folder: Path, patterns: Sequence[str] = PAPERS) -> list[Path]:
-    return [path for pattern in patterns for path in folder.glob(pattern)] if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return [path for pattern in patterns for path in folder.glob(pattern) if path.is_file()]

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -107,11 +108,24 @@ def test_what_is_in_the_way_stays(separate, texts, tmp_path):
     arguments = [separate, "--format", "ctranslate2", "--output", out, "--texts", texts]
     with pytest.raises(UserError, match="exists"):
         command(*arguments)
-    with pytest.raises(UserError, match="leaves it alone"):
-        command(*arguments, "--overwrite")
-    (out / "config.json").write_text("{}")
+    for name in ("config.json", "export.json"):  # a checkpoint is no export
+        with pytest.raises(UserError, match="leaves it alone"):
+            command(*arguments, "--overwrite")
+        (out / name).write_text("{}")
     command(*arguments, "--overwrite")
     assert not (out / "mine").exists() and (out / "model.bin").is_file()
+
+
+def test_the_checkpoint_itself_is_never_replaced(separate, texts, tmp_path):
+    checkpoint = Path(shutil.copytree(separate, tmp_path / "run" / "checkpoint-10"))
+    (checkpoint.parent / "config.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    for out in (checkpoint, checkpoint.parent):
+        (out / "export.json").write_text("{}")
+        with pytest.raises(UserError, match=r"the checkpoint, which would be lost"):
+            command(checkpoint, "--format", "ctranslate2", "--output", out, "--texts", texts, "--overwrite")
+    (checkpoint / "export.json").unlink()
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
 
 
 def test_what_fails_half_way_leaves_nothing(separate, texts, tmp_path, monkeypatch):
@@ -128,12 +142,14 @@ def test_what_fails_half_way_leaves_nothing(separate, texts, tmp_path, monkeypat
 
 
 def test_terms_of_a_run_go_with_its_checkpoints(separate, texts, tmp_path):
-    """They lie beside what the run began as."""
+    """They lie beside what the run began as, whose path is as it was typed, in whatever folder that was."""
     run = tmp_path / "run"
+    shutil.copytree(separate, tmp_path / separate.name)
     checkpoint = save(tiny.t5gemma(ONE, ONE), run / "checkpoint-10")
+    (checkpoint / "LICENSES").mkdir()
     for name in ("NOTICE", "GEMMA_TERMS.md", "README.md"):
         (checkpoint / name).unlink()
-    (run / "run.json").write_text(json.dumps({"model": {"path": str(separate)}}))
+    (run / "run.json").write_text(json.dumps({"model": {"path": separate.name}}))
     out = tmp_path / "out"
     command(checkpoint, "--format", "ctranslate2", "--output", out, "--texts", texts)
     assert (out / "NOTICE").read_bytes() == (separate / "NOTICE").read_bytes()

@@ -1,7 +1,8 @@
 """As much of the Hub as an upload meets, on this machine: repositories in memory, large files apart, and its refusals.
 
 What goes wrong is decided by the repository's owner: ``refused`` has a token that is none, ``full`` no storage left,
-and ``dropping`` loses the connection at the second large file until the upload is begun anew.
+and ``dropping`` loses the connection at the second large file until the upload is begun anew. Of a card's metadata
+it knows one thing: there is no language ``qqq``.
 
 ``python -m tests.publishing.hub`` serves until it is interrupted; it checks large files and forgets what is in them.
 """
@@ -18,12 +19,14 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = "c" * 40
+UNKNOWN_LANGUAGE = "- qqq\n"
 
 
 @dataclass
 class Stored:
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
     commits: list[list[str]] = field(default_factory=list)
 
 
@@ -86,14 +89,18 @@ class _Handler(BaseHTTPRequestHandler):
             items = [{"type": "file", "path": p, "size": len(d), "oid": git_oid(d)} for p, d in stored.files.items()]
             self.answer(200, items)
         else:
-            self.answer(200, {"id": name, "sha": COMMIT, "private": stored.private, "siblings": []})
+            self.answer(
+                200, {"id": name, "sha": COMMIT, "private": stored.private, "tags": stored.tags, "siblings": []}
+            )
 
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.path == "/api/validate-yaml":
-            self.answer(200, {"warnings": [], "errors": []})
+            wrong = UNKNOWN_LANGUAGE in json.loads(body)["content"]
+            errors = [{"message": '"language" must be one of the known'}] if wrong else []
+            self.answer(400 if errors else 200, {"warnings": [], "errors": errors})
         elif self.path == "/api/repos/create":
             self.create(json.loads(body))
         elif match := re.fullmatch(r"/api/models/(.+)/preupload/main(\?.*)?", self.path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from modeling_t5gemma.conversion.families.gemma import GEMMA_TERMS
@@ -13,6 +14,7 @@ from modeling_t5gemma.publishing.lineage import trace
 from modeling_t5gemma.publishing.papers import write_papers
 from modeling_t5gemma.publishing.settings import Publication
 from tests.publishing.conftest import TERMS, write_run
+from tests.publishing.hub import Hub, Stored
 
 
 def converted(folder: Path, source: str, family: str = "gemma2") -> Path:
@@ -82,6 +84,37 @@ def test_what_has_nothing_of_gemma_needs_no_terms(tmp_path):
     assert write_papers(folder, found, None) is None and list(folder.iterdir()) == []
 
 
+@pytest.mark.loopback
+def test_the_hub_tells_whose_terms_hold_where_a_name_does_not(tmp_path, monkeypatch):
+    hub = Hub()
+    hub.repositories |= {"me/summarizer": Stored(False, tags=["license:gemma"]), "me/free": Stored(False)}
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+    run = write_run(tmp_path / "run", "me/summarizer")
+    student = write_run(tmp_path / "student", "me/free", "me/summarizer")
+    free = write_run(tmp_path / "free", "me/free", "me/unknown")
+    found = [trace(publication(folder)).legal for folder in (run, student, free)]
+    hub.shutdown()
+    assert found == [GEMMA_TERMS, GEMMA_TERMS, None]
+
+
+def test_records_and_notices_that_cannot_be_read(tmp_path):
+    folder = converted(tmp_path / "base", "google/gemma-2-2b")
+    (folder / "LICENSES").mkdir()
+    (folder / "NOTICE.d").mkdir()
+    (folder / "TERMS.md").write_text(TERMS)
+    found = trace(publication(folder))
+    (tmp_path / "out").mkdir()
+    write_papers(tmp_path / "out", found, None)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"NOTICE", GEMMA_TERMS.terms_file}
+    (folder / "NOTICE").write_bytes(b"\xff\xfeN\x00")
+    with pytest.raises(UserError, match=r"NOTICE has to be passed on and cannot be read"):
+        trace(publication(folder))
+    (folder / "conversion.json").write_text("{}")
+    (folder / "NOTICE").unlink()
+    with pytest.raises(UserError, match=r"conversion\.json does not say what the encoder"):
+        trace(publication(folder))
+
+
 @pytest.mark.parametrize(
     ("base", "teacher", "settings", "pattern"),
     [
@@ -131,6 +164,11 @@ def test_terms_are_found_or_given_or_it_is_refused(tmp_path, terms):
     "settings",
     [
         {"repository": "name"},
+        {"repository": "owner/two--dashes"},
+        {"repository": f"owner/{'x' * 97}"},
+        {"checkpoint": Path("nowhere")},
+        {"datasets": ("a b",)},
+        {"teachers": ("",)},
         {"bases": ("../x/y",)},
         {"languages": ("English",)},
         {"from_scratch": True, "bases": ("a/b",)},

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +95,8 @@ def test_a_trained_checkpoints_card_says_what_its_run_did(made, checkpoint, tmp_
     data = ModelCard(texts["README.md"]).data
     assert (data.base_model, data.base_model_relation) == (["google/gemma-3-270m"], "finetune")
     assert (data.license, data.language, data.datasets) == ("gemma", ["en"], ["owner/prose"])
-    assert (data.library_name, data.pipeline_tag) == ("transformers", "text2text-generation")
-    assert {"adapted_seq2seq", "distillation"} <= set(data.tags)
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+    assert {"adapted_seq2seq", "distillation", "text2text-generation"} <= set(data.tags)
     values = {(r.dataset_type, r.dataset_config, r.metric_type): r.metric_value for r in data.eval_results}
     assert values == {
         ("aps/super_glue", "cb", "accuracy"): 0.75,
@@ -119,6 +123,8 @@ def test_a_trained_checkpoints_card_says_what_its_run_did(made, checkpoint, tmp_
         "(`auto_map`)",
         "(`GEMMA_TERMS.md`)",
         "prohibited_use_policy",
+        "journal = {arXiv:2504.06225}",
+        'text = "The text that the encoder reads"',
     ):
         assert said in card, said
     assert "not yet trained" not in card and "{{" not in card and "{%" not in card
@@ -146,6 +152,23 @@ def test_a_checkpoint_in_the_midst_of_a_run_is_told_as_such(made, checkpoint, tm
     assert run == folder.parent
 
 
+def test_a_checkpoint_that_nobody_measured_is_not_said_to_be_untrained(made, checkpoint, terms):
+    """And one that chats is shown to."""
+    run = write_run(checkpoint("adapted_seq2seq", "run"), str(made["adapted_seq2seq"]))
+    folder = Path(shutil.copytree(made["adapted_seq2seq"], run / "checkpoint-5"))
+    template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    with prepared(Publication(folder, "owner/name", bases=("google/gemma-3-270m",), terms=terms)) as ready:
+        assert "## Evaluation\n\nNot evaluated.\n" in ready.card and "conversion does not train" not in ready.card
+        assert "chat_template.jinja" in ready.files()
+        (code,) = re.findall(r"```python\n(.*?)```", ready.card, re.DOTALL)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(code.replace("owner/name", str(ready.folder)) + "print(inputs.input_ids.tolist())", {})
+    ids = json.loads(out.getvalue().splitlines()[-1])
+    assert ids[0].count(2) == 1 and ids[0][0] == 2, "one <bos>, the encoder's"
+
+
 def test_a_licence_that_the_terms_forbid(made, terms):
     with (
         pytest.raises(UserError, match="stays under its terms"),
@@ -154,9 +177,21 @@ def test_a_licence_that_the_terms_forbid(made, terms):
         pass
 
 
-def test_an_unknown_file_of_results_is_refused(tmp_path):
-    (tmp_path / "x.json").write_text('{"results": 1}')
-    with pytest.raises(UserError, match=r"no results that are known here"):
+@pytest.mark.parametrize(
+    ("content", "pattern"),
+    [
+        (None, r"--evaluation .* is no file"),
+        ('{"results": 1}', "no results that are known here"),
+        ('{"results": 1, "configs": 2}', "no results that are known here"),
+        ('{"results": {}, "configs": {}}', "no results that are known here"),
+        ('{"mean_accuracy": 1, "tasks": {"cb": {}}}', "no results that are known here"),
+        ('{"results": {"x": {"acc,none": NaN}}, "configs": {}}', "has nan as acc of x"),
+    ],
+)
+def test_an_unknown_file_of_results_is_refused(tmp_path, content, pattern):
+    if content is not None:
+        (tmp_path / "x.json").write_text(content)
+    with pytest.raises(UserError, match=pattern):
         read_results(tmp_path / "x.json")
 
 
@@ -164,7 +199,9 @@ def test_an_unknown_file_of_results_is_refused(tmp_path):
 def test_uploads_and_what_goes_wrong_with_them(made, tmp_path, terms):
     hub = Hub()
     hub.repositories["visible/model"] = Stored(private=False)
-    stale = {"model-00009-of-00009.safetensors": b"of another version", "notes.md": b"the owner's"}
+    before = ("model-00009-of-00009.safetensors", "model.safetensors", "sentinels.json", ".eval_results/a_b.yaml")
+    owners = ("notes.md", "adapter_model.safetensors", "int8/model.safetensors")
+    stale = {name: name.encode() for name in (*before, *owners)}
     hub.repositories["owner/again"] = Stored(private=True, files=dict(stale))
 
     def command(repository: str, *options: str, kind: str = "t5gemma") -> list[str]:
@@ -180,6 +217,7 @@ def test_uploads_and_what_goes_wrong_with_them(made, tmp_path, terms):
         command("dropping/model", "--quiet"),
         command("dropping/model", "--quiet"),
         command("owner/again", "--quiet"),
+        command("owner/odd", "--language", "qqq"),
         command("owner/coded", "--public", kind="adapted_seq2seq"),
     ]
     environment = {**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}
@@ -195,12 +233,15 @@ def test_uploads_and_what_goes_wrong_with_them(made, tmp_path, terms):
     hub.shutdown()
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
-    without, shown, refused, full, visible, dropped, resumed, again, coded = map(json.loads, done.stdout.splitlines())
+    without, shown, refused, full, visible, dropped, resumed, again, odd, coded = map(
+        json.loads, done.stdout.splitlines()
+    )
     for (code, out, err), words in (
         (without, ("derivative of Gemma", "--terms FILE")),
         (refused, ("401", "hf auth login")),
         (full, ("storage of full on the Hub is full", "goes on where this one stopped")),
         (visible, ("is public", "give --public")),
+        (odd, ("the card's metadata", '"language" must be one of the known')),
         (dropped, ("connection to the Hub was lost", "goes on where this one stopped")),
     ):
         assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
@@ -220,7 +261,7 @@ def test_uploads_and_what_goes_wrong_with_them(made, tmp_path, terms):
         assert uploaded.files[name] == (made["t5gemma"] / name).read_bytes()
     # Weights of another version go, what the owner added stays.
     changed = hub.repositories["owner/again"].files
-    assert changed.keys() - uploaded.files.keys() == {"notes.md"}
+    assert changed.keys() - uploaded.files.keys() == set(owners)
 
     assert coded[0] == 0 and coded[1].strip() == f"{hub.endpoint}/owner/coded", coded
     public = hub.repositories["owner/coded"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from modeling_t5gemma.publishing.recipe import Recipe, read_recipe
 
 
@@ -34,3 +36,11 @@ def test_a_set_that_was_measured_on_is_not_one_that_was_trained_on(tmp_path):
     (measured,) = found.held_out
     assert (found.datasets, measured.dataset) == (["owner/questions"], "owner/other")
     assert dict(found.rows)["data: columns"] == '{"prompt": "article"}'
+
+
+@pytest.mark.parametrize("name", ["best", "checkpoint-best"])
+def test_of_a_folder_without_a_step_only_the_settings_are_known(tmp_path, name):
+    recipe(tmp_path, "owner/text", "owner/other")
+    found = read_recipe(tmp_path, tmp_path / name)
+    assert (found.held_out, found.compute) == ([], [])
+    assert "trained for" not in dict(found.rows) and dict(found.rows)["text"] == "owner/text"

@@ -40,7 +40,9 @@ def test_a_sound_checkpoint(made, kind, needs_code):
 NORM = "model.decoder.norm.weight"
 CONFIG_EDITS = {
     "is of model type 'llama'": lambda c: c.update(model_type="llama"),
-    "Only those that generate": lambda c: c.update(architectures=["T5GemmaEncoderModel"]),
+    "T5GemmaEncoderModel. Only those that generate": lambda c: c.update(architectures=["T5GemmaEncoderModel"]),
+    "holds a A and B. Only those": lambda c: c.update(architectures=["A", "B"]),
+    "is not valid": lambda c: c.update(encoder=3),
     "quantised weights": lambda c: c.update(quantization_config={"quant_method": "gguf"}),
     "has the shape": lambda c: c["encoder"].update(intermediate_size=80),
     "has besides .* such as model.decoder.layers.1": lambda c: c["decoder"].update(
@@ -64,6 +66,13 @@ def test_files_that_are_refused(checkpoint):
         validate(folder)
     edit(folder / "tokenizer_config.json", lambda c: c.update(tokenizer_class="GemmaTokenizer", auto_map={}))
     with pytest.raises(UserError, match="code of its own"):
+        validate(folder)
+    edit(folder / "tokenizer_config.json", lambda c: c.pop("auto_map"))
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"generation_config\.json cannot be read"):
+        validate(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer\.json or tokenizer\.model, so its tokenizer has no words"):
         validate(folder)
     edit(folder / "model.safetensors.index.json", lambda c: c["weight_map"].update({NORM: "../other.safetensors"}))
     with pytest.raises(UserError, match="no file of its own folder"):
