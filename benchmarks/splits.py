@@ -129,7 +129,8 @@ def row(name: str, each: Measured, base: Measured, config: Any, working: int) ->
 
 
 def _told(spread: Spread, factor: float, unit: str) -> str:
-    median, low, high = (f"{factor * value:.3g}" for value in asdict(spread).values())
+    figures = [factor * value for value in asdict(spread).values()]
+    median, low, high = (f"{figure:,.0f}" if figure >= 100 else f"{figure:.3g}" for figure in figures)
     return f"{median} {unit}".strip() + f" ({low} to {high})"
 
 

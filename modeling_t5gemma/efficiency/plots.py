@@ -10,6 +10,8 @@ from typing import Any
 from ..errors import UserError
 from .timing import Spread
 
+LOGARITHMIC = 4  # where the dearest costs so many times the cheapest; on less, a logarithmic axis has no round numbers
+
 
 @dataclass(frozen=True)
 class Point:
@@ -62,7 +64,9 @@ def quality_plot(points: Sequence[Point], cost: str, quality: str) -> bytes:
             axes.annotate(
                 point.label, (point.cost, point.quality), (5, 4), textcoords="offset points", fontsize="small"
             )
-    axes.set_xscale("log")
+    costs = [point.cost for point in points]
+    if max(costs) > LOGARITHMIC * min(costs):
+        axes.set_xscale("log")
     axes.margins(0.12)
     axes.set_xlabel(cost)
     axes.set_ylabel(quality)
