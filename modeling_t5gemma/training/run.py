@@ -70,10 +70,10 @@ def make_trainer(settings: Settings) -> AdaptationTrainer:
     model = load_student(settings.model)
     layout = layout_of(model, tokenizer, settings.recipe.encoder_bos)
     _check_lengths(settings.data, objectives, layout, model)
+    claim(output, describe(settings), training.should_save)
     samples, held_out, rows_of_run = samples_of(settings.data, settings.model, training, schedule, tokenizer)
     capacity = settings.data.pack
     world, rank = training.world_size, training.process_index
-    claim(output, describe(settings), training.should_save)
     if training.should_save:
         save_sentinels(output, sentinels)
 

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -206,6 +208,8 @@ def test_any_key_is_overridden_and_an_unknown_one_refused(config, adapt, capsys)
         (["--data.sources", "[{{path: {tmp}/none.jsonl}}]"], "does not exist"),
         (["--data.held_out", "100000"], "cannot be held out"),
         (["--data.max_bad", "0"], "no json|JSON|bad records"),
+        (["--training.output_dir", "{tmp}/student"], "begins as and would overwrite"),
+        (["--training.output_dir", "{tmp}/text.jsonl"], "cannot be made: File exists"),
     ],
 )
 def test_bad_settings_are_told_in_one_line(arguments, words, config, adapt, tmp_path):
@@ -221,6 +225,27 @@ def test_a_folder_with_another_run_is_refused(config, adapt, tmp_path):
     trainer.train()
     with pytest.raises(UserError, match=r"another data.seed"):
         make_trainer(parse(adapt, "--config", str(config), "--training.max_steps", "1", "--data.seed", "1"))
+
+
+def test_text_that_was_changed_after_it_was_tokenised_is_refused(config, adapt, tmp_path):
+    settings = ["--config", str(config)]
+    with pytest.raises(UserError, match="cannot be held out"):
+        make_trainer(parse(adapt, *settings, "--data.held_out", "100000"))
+    text = tmp_path / "text.jsonl"
+    text.write_text(text.read_text() * 2)
+    with pytest.raises(UserError, match=r"text.jsonl has changed since it was tokenised .*Remove (\S+) to") as error:
+        make_trainer(parse(adapt, *settings))
+    shutil.rmtree(re.search(r"Remove (\S+) to", str(error.value))[1])
+    make_trainer(parse(adapt, *settings))
+    text.unlink()  # it is not needed any more
+    make_trainer(parse(adapt, *settings))
+
+
+def test_it_is_refused_before_its_text_is_read(config, adapt, tmp_path, monkeypatch):
+    make_trainer(parse(adapt, "--config", str(config), "--training.max_steps", "1")).train()
+    monkeypatch.setattr("modeling_t5gemma.training.run.samples_of", lambda *_: pytest.fail("read"))
+    with pytest.raises(UserError, match=r"another data.window"):
+        make_trainer(parse(adapt, "--config", str(config), "--training.max_steps", "1", "--data.window", "12"))
 
 
 def test_ul2_then_prefix_lm_packed_with_workers(config, adapt):
