@@ -25,8 +25,9 @@ def train(trainer: ResumableTrainer, resume: str) -> None:
     if begins is not None and found.last is not None and begins < step_of(found.last):
         # Those behind it would be taken for this run's: for its last, and for those to keep.
         raise UserError(
-            f"{output} has checkpoints up to {found.last.name}, and --resume {resume} begins before it. Leave --resume "
-            "out to go on from there, give training.output_dir another folder, or remove the later checkpoints."
+            f"{output} has checkpoints up to {found.last.name}, and --resume {resume} begins before it. Leave "
+            "--resume out to go on from there, give training.output_dir another folder, or remove the later "
+            "checkpoints."
         )
     if trainer.is_world_process_zero():
         for folder in found.incomplete:

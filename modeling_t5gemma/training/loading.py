@@ -89,13 +89,7 @@ def load_teacher(model: ModelSettings, how: DistillationSettings, layout: Layout
     path = model.teacher
     if path is None:
         return None
-    config = load_config(path)
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"The teacher {path} is a {config.model_type}, and a teacher is decoder-only. Take the model that the "
-            "student was converted from."
-        )
-    teacher = load_whole(path, dtype=getattr(torch, model.teacher_dtype))
+    teacher = load_original(path, model.teacher_dtype)
     student, own = load_tokenizer(model.path), load_tokenizer(path)
     if vocabulary_of(student, "").fingerprint != vocabulary_of(own, "").fingerprint:
         raise UserError(
@@ -103,6 +97,21 @@ def load_teacher(model: ModelSettings, how: DistillationSettings, layout: Layout
             "the decoder-only model that the student was converted from."
         )
     return Teacher(teacher, layout, Distillation(how.divergence, how.temperature, how.share))
+
+
+def load_original(path: str, dtype: str) -> PreTrainedModel:
+    """A decoder-only model to learn from.
+
+    Raises:
+        UserError: it cannot be loaded, or is an encoder-decoder.
+    """
+    config = load_config(path)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"The teacher {path} is an encoder-decoder ({config.model_type}), and a teacher is decoder-only. Take the "
+            "model that the student was converted from."
+        )
+    return load_whole(path, dtype=getattr(torch, dtype))
 
 
 def loaded(auto: Any, path: str, **kwargs: Any) -> Any:

@@ -20,6 +20,7 @@ from .papers import copy_papers
 from .resumable import ResumableTrainer
 from .rows import Rows
 from .settings import DataSettings, DistillationSettings, ModelSettings, ObjectiveSettings, RecipeSettings
+from .teacher import Distillation
 from .text import samples_of
 from .tokenizing import load_tokenizer
 from .trainer import AdaptationTrainer, Recipe
@@ -60,6 +61,13 @@ def make_trainer(settings: Settings) -> AdaptationTrainer:
         check_window(objective, settings.data.window)
     if settings.model.teacher and settings.model.teacher_cache:
         raise UserError("Give model.teacher or model.teacher_cache, not both.")
+    how = settings.distillation
+    followed = Distillation(how.divergence, how.temperature, how.share)
+    if settings.model.teacher_cache and (followed.divergence, followed.temperature) != ("forward_kl", 1.0):
+        raise UserError(
+            "Samples of a teacher's distribution give its forward KL at temperature 1 alone: leave out "
+            "distillation.divergence and temperature, or give model.teacher in place of model.teacher_cache."
+        )
     if (settings.model.teacher or settings.model.teacher_cache) and not all(
         objective.teachable for objective in objectives
     ):
@@ -97,7 +105,7 @@ def make_trainer(settings: Settings) -> AdaptationTrainer:
         capacity=capacity,
         recipe=_recipe(settings),
         teacher=load_teacher(settings.model, settings.distillation, layout),
-        cached=settings.distillation.share if settings.model.teacher_cache else None,
+        cached=followed.share if settings.model.teacher_cache else None,
         held_out=held_out,
         describe={"settings": describe(settings), "rows": rows_of_run},
         processing_class=tokenizer,

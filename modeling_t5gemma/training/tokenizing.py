@@ -328,7 +328,8 @@ def _settings(source: TextSource, vocabulary: Vocabulary, shard_tokens: int) -> 
     not noticed."""
     place = asdict(source)
     del place["weight"], place["streaming"]
-    return {"source": place, "files": _sizes(source), "tokenizer": vocabulary.fingerprint, "shard_tokens": shard_tokens}
+    files = _sizes(source)
+    return {"source": place, "files": files, "tokenizer": vocabulary.fingerprint, "shard_tokens": shard_tokens}
 
 
 def _sizes(source: TextSource) -> list[dict[str, Any]]:
