@@ -37,6 +37,7 @@ from modeling_t5gemma.cli import run
 from modeling_t5gemma.embeddings import sentence_transformer
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.post_training.records import load_records, require_columns
+from modeling_t5gemma.training.claims import keep_apart
 from modeling_t5gemma.training.papers import copy_papers
 from modeling_t5gemma.training.script import instantiate, on_this_machine
 
@@ -141,6 +142,8 @@ def embed(settings: Settings) -> dict[str, dict[str, float]]:
     Raises:
         UserError: the model or the data cannot be used.
     """
+    output = Path(settings.training.output_dir)
+    keep_apart(output, settings.model.path)
     train, test = pairs_of(settings.data, settings.data.train), pairs_of(settings.data, settings.data.test)
     test = test.select(range(min(settings.data.tested, len(test))))
     device = "cpu" if settings.training.use_cpu else None
@@ -161,7 +164,6 @@ def embed(settings: Settings) -> dict[str, dict[str, float]]:
     # Training in bfloat16 leaves its autocast around the model; what is saved computes without it.
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     measures = {"before": before, "after": evaluator(model)}
-    output = Path(settings.training.output_dir)
     model.save(str(output))
     copy_papers(settings.model.path, output)
     (output / "retrieval.json").write_text(json.dumps(measures, indent=2) + "\n")

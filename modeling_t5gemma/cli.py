@@ -59,10 +59,13 @@ def run_convert_script(aliases_of: str) -> None:
 
 
 def run(program: Callable[[], object]) -> None:
-    """Run a typer program; a termination lets it clean up, and a ``UserError`` is told in one line."""
+    """Run a program; an interruption or termination lets it clean up, and a ``UserError`` is told in one line."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         program()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -94,6 +94,14 @@ def test_training_finds_what_belongs_together(embed, checkpoint, tmp_path):
     assert f"| after | {measures['after']['cosine_accuracy@1']:.3f} |" in told
 
 
+def test_the_measures_are_kept_whatever_the_last_check_finds(embed, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed, "check_saved", lambda *_: pytest.fail("the saved vectors differ"))
+    settings = embed.settings_of(arguments(checkpoint, tmp_path, "--training.max_steps=1"))
+    with pytest.raises(pytest.fail.Exception, match="saved vectors"):
+        embed.embed(settings)
+    assert json.loads((tmp_path / "out" / "retrieval.json").read_text()).keys() == {"before", "after"}
+
+
 def test_what_is_trained_in_bfloat16_is_saved_as_it_was_measured(embed, checkpoint, tmp_path):
     """``embed`` itself compares the vectors."""
     measures = embed.embed(
@@ -177,6 +185,8 @@ def test_what_cannot_be_is_told(embed, checkpoint, tmp_path):
     settings = embed.settings_of(arguments(checkpoint, tmp_path, "--data.query=title"))
     with pytest.raises(UserError, match=r"no column 'title'.*'completion', 'description'"):
         embed.embed(settings)
+    with pytest.raises(UserError, match="begins as and would overwrite"):
+        embed.embed(embed.settings_of([*arguments(checkpoint, tmp_path), f"--training.output_dir={checkpoint}"]))
     for column, words in (("number", "does not hold texts, but"), ("nothing", "no pair of two texts in 'nothing'")):
         (tmp_path / "odd.jsonl").write_text('{"number": 1, "nothing": "", "description": "w5"}\n' * 3)
         odd = embed.settings_of([*arguments(checkpoint, tmp_path), f"--data.query={column}"])

@@ -8,12 +8,12 @@ from typing import Annotated
 import torch
 import typer
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from modeling_t5gemma.collators import Layout
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.objectives import PrefixLM
 from modeling_t5gemma.training.documents import Pieces
+from modeling_t5gemma.training.loading import load_original
 from modeling_t5gemma.training.shards import TokenShards
 from modeling_t5gemma.training.teacher import Teacher
 from modeling_t5gemma.training.teacher_cache import write_cache
@@ -37,12 +37,11 @@ def teacher_cache(
     tokenizer = load_tokenizer(teacher)
     vocabulary = vocabulary_of(tokenizer, teacher)
     pieces = Pieces(TokenShards(tokens, vocabulary), window, PrefixLM().shortest())
-    try:
-        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{teacher} cannot be loaded: {' '.join(str(error).split())}") from error
+    model = load_original(teacher, dtype)
     if torch.accelerator.is_available():
         model.to(torch.accelerator.current_accelerator())
+    if tokenizer.bos_token_id is None:
+        raise UserError(f"The tokenizer of {teacher} has no bos token, which every window begins with: set it.")
     layout = Layout(tokenizer.pad_token_id or 0, tokenizer.bos_token_id, teacher_begin=tokenizer.bos_token_id)
     with tqdm(total=len(pieces), unit="window", disable=quiet, leave=False) as bar:
         write_cache(

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import UserError
-from ..stacks import T5GemmaPreTrainedModel
-from ..training.loading import load_config, loaded
+from ..training.loading import load_config, load_whole
 from ..training.tokenizing import TOKENIZER_FILES, load_tokenizer
 from .adapters import ADAPTER_CONFIG, load_adapter, read_base
 
@@ -94,23 +92,9 @@ def load_checkpoint(path: str, *, base: str | None = None, dtype: str = "auto", 
 
 def _load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
     config = load_config(path)
-    encoder_decoder = config.is_encoder_decoder
-    if hasattr(config, "encoder") and not encoder_decoder:
+    if hasattr(config, "encoder") and not config.is_encoder_decoder:
         raise UserError(f"{path} is an encoder alone, which generates nothing. Give a whole encoder-decoder.")
-    auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
-    try:
-        model, found = loaded(auto, path, dtype=dtype, output_loading_info=True)
-    except SafetensorError as error:
-        raise UserError(
-            f"A file of weights in {path} is damaged or cut short ({error}). Download it again."
-        ) from error
-    if encoder_decoder and not isinstance(model, T5GemmaPreTrainedModel):
-        raise UserError(f"{path} is a {config.model_type}. Of encoder-decoders, only T5Gemma's kind can be used.")
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(
-            f"{path} lacks {len(missing)} tensors such as {missing[0]}, so it would generate noise. It may be a "
-            "classifier or an encoder: give a language model."
-        )
+    model = load_whole(path, dtype=dtype)
     try:
         return model.to(device).eval()
     except torch.OutOfMemoryError as error:

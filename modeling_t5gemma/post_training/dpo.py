@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainingArguments
 
 from ..collators import Layout
 from ..errors import UserError
+from ..inference.adapters import fingerprint
 from ..losses import IGNORED
 from ..training.curves import Panel
 from ..training.examples import ShuffledExamples
@@ -317,7 +318,8 @@ class DpoTrainer(TunedTrainer):
 
     def _fingerprint(self, pairs: Sequence[PreferencePair]) -> str:
         config = self.model.config
-        found = hashlib.sha256(repr((str(config.name_or_path), self._layout)).encode())
+        begun = str(config.name_or_path), fingerprint(self.model), self._layout
+        found = hashlib.sha256(repr(begun).encode())
         for pair in pairs:
             for ids in (pair.source, pair.chosen, pair.rejected):
                 found.update(len(ids).to_bytes(8, "little") + np.ascontiguousarray(ids, np.int32).tobytes())

@@ -120,9 +120,9 @@ def make_dpo_trainer(settings: DpoRun) -> DpoTrainer:
     settings.dpo.check()
     told = describe(settings, free=())
     begun = _begin(settings, settings.data.max_target)
+    claim(Path(settings.training.output_dir), told, settings.training.should_save)
     train, test = _examples(settings.data, begun.renderer, settings.training, load_pairs)
     settings.training.max_steps = steps_of(settings.training, len(train))
-    claim(Path(settings.training.output_dir), told, settings.training.should_save)
     return DpoTrainer(
         begun.model,
         settings.training,
@@ -144,9 +144,9 @@ def make_grpo_trainer(settings: GrpoRun) -> GrpoTrainer:
     rewards = load_rewards(settings.grpo.rewards)
     told = describe(settings, free=())
     begun = _begin(settings, settings.grpo.max_completion_length)
+    claim(Path(settings.training.output_dir), told, settings.training.should_save)
     train, test = _examples(settings.data, begun.renderer, settings.training, load_prompts)
     settings.training.max_steps = steps_of(settings.training, len(train) * settings.grpo.num_iterations)
-    claim(Path(settings.training.output_dir), told, settings.training.should_save)
     own = settings.grpo.beta and (settings.lora is None or settings.grpo.reference_model is not None)
     return GrpoTrainer(
         begun.model,

@@ -61,6 +61,7 @@ def make_trainer(settings: Settings) -> SftTrainer | DecoderOnlySftTrainer:
     if data.chat_template is not None:
         tokenizer.chat_template = read_template(data.chat_template)
     renderer = Renderer(tokenizer, max_source=data.max_source, max_target=data.max_target)
+    claim(Path(training.output_dir), told, training.should_save)
     train, held_out = load_examples(data, renderer, training)
     model = _load(settings)
     layout = layout_of(model, tokenizer, settings.tuning.encoder_bos)
@@ -73,7 +74,6 @@ def make_trainer(settings: Settings) -> SftTrainer | DecoderOnlySftTrainer:
     training.max_steps = steps_of(
         training, rows_of_an_epoch(train.lengths + np.array([before, 0]), data.pack, data.block)
     )
-    claim(Path(training.output_dir), told, training.should_save)
     common: dict[str, Any] = {
         "rows": _rows(ShuffledExamples(train, data.seed, data.block), data, training, before),
         "layout": layout,

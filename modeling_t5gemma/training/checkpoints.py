@@ -34,8 +34,14 @@ class Found:
 
 
 def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is named after.
+
+    Raises:
+        UserError: it has another name.
+    """
     match = _NAME.fullmatch(checkpoint.name)
-    assert match, checkpoint
+    if match is None:
+        raise UserError(f"{checkpoint} is not named checkpoint-STEP, as the checkpoints of a run are: name it so.")
     return int(match[1])
 
 

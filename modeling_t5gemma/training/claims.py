@@ -45,8 +45,9 @@ def claim(output: Path, wanted: dict[str, Any], writes: bool) -> None:
         writes: whether this process writes the mark.
 
     Raises:
-        UserError: it holds checkpoints of a run with other settings.
+        UserError: it holds checkpoints of a run with other settings, is what the run begins as, or cannot be made.
     """
+    keep_apart(output, wanted["model"]["path"])
     path = output / RUN_FILE
     if path.exists() and find(output).last is not None:
         held = json.loads(path.read_text(encoding="utf-8"))
@@ -56,10 +57,25 @@ def claim(output: Path, wanted: dict[str, Any], writes: bool) -> None:
                 "remove this one to begin anew."
             )
     if writes:
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"training.output_dir {output} cannot be made: {error.strerror}.") from error
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
         partial.replace(path)
+
+
+def keep_apart(output: Path, begun: str) -> None:
+    """Refuse to write where the checkpoint stands that a run begins as.
+
+    Raises:
+        UserError: it is the same folder.
+    """
+    if output.resolve() == Path(begun).resolve():
+        raise UserError(
+            f"training.output_dir is {output}, which the run begins as and would overwrite. Give it another folder."
+        )
 
 
 def _plain(section: Any) -> Any:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ..collators import Layout
 from ..errors import UserError
+from ..stacks import T5GemmaPreTrainedModel
 from .settings import DistillationSettings, ModelSettings
 from .teacher import Distillation, Teacher
 from .tokenizing import load_tokenizer, vocabulary_of
@@ -36,20 +39,44 @@ def load_model(settings: ModelSettings, **kwargs: Any) -> PreTrainedModel:
         kwargs: go to ``from_pretrained``.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: as ``load_whole``.
     """
-    auto = AutoModelForSeq2SeqLM if load_config(settings.path).is_encoder_decoder else AutoModelForCausalLM
     if settings.attention is not None:
         kwargs["attn_implementation"] = settings.attention
-    return loaded(auto, settings.path, dtype=getattr(torch, settings.dtype), **kwargs)
+    return load_whole(settings.path, dtype=getattr(torch, settings.dtype), **kwargs)
+
+
+def load_whole(path: str, **kwargs: Any) -> PreTrainedModel:
+    """A language model with all of its tensors: where one is missing, transformers would draw it at random.
+
+    Args:
+        kwargs: go to ``from_pretrained``.
+
+    Raises:
+        UserError: it cannot be loaded, is an encoder-decoder of another kind, or lacks tensors.
+    """
+    config = load_config(path)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model, found = loaded(auto, path, output_loading_info=True, **kwargs)
+    if config.is_encoder_decoder and not isinstance(model, T5GemmaPreTrainedModel):
+        raise UserError(f"{path} is a {config.model_type}. Of encoder-decoders, only T5Gemma's kind can be used.")
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(
+            f"{path} lacks {len(missing)} tensors such as {missing[0]}, which would be noise. It may be a classifier "
+            "or an encoder: give a language model."
+        )
+    whole: PreTrainedModel = model
+    return whole
 
 
 def load_config(path: str) -> Any:
     """A checkpoint's config.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, as where it is an adapter.
     """
+    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise UserError(f"{path} is an adapter. Merge it into its base first: t5gemma merge {path} --output FOLDER.")
     return loaded(AutoConfig, path)
 
 
@@ -62,13 +89,7 @@ def load_teacher(model: ModelSettings, how: DistillationSettings, layout: Layout
     path = model.teacher
     if path is None:
         return None
-    config = load_config(path)
-    if config.is_encoder_decoder:
-        raise UserError(
-            f"The teacher {path} is a {config.model_type}, and a teacher is decoder-only. Take the model that the "
-            "student was converted from."
-        )
-    teacher = loaded(AutoModelForCausalLM, path, dtype=getattr(torch, model.teacher_dtype))
+    teacher = load_original(path, model.teacher_dtype)
     student, own = load_tokenizer(model.path), load_tokenizer(path)
     if vocabulary_of(student, "").fingerprint != vocabulary_of(own, "").fingerprint:
         raise UserError(
@@ -76,6 +97,21 @@ def load_teacher(model: ModelSettings, how: DistillationSettings, layout: Layout
             "the decoder-only model that the student was converted from."
         )
     return Teacher(teacher, layout, Distillation(how.divergence, how.temperature, how.share))
+
+
+def load_original(path: str, dtype: str) -> PreTrainedModel:
+    """A decoder-only model to learn from.
+
+    Raises:
+        UserError: it cannot be loaded, or is an encoder-decoder.
+    """
+    config = load_config(path)
+    if config.is_encoder_decoder:
+        raise UserError(
+            f"The teacher {path} is an encoder-decoder ({config.model_type}), and a teacher is decoder-only. Take the "
+            "model that the student was converted from."
+        )
+    return load_whole(path, dtype=getattr(torch, dtype))
 
 
 def loaded(auto: Any, path: str, **kwargs: Any) -> Any:
@@ -86,6 +122,8 @@ def loaded(auto: Any, path: str, **kwargs: Any) -> Any:
     """
     try:
         return auto.from_pretrained(path, **kwargs)
+    except SafetensorError as error:
+        raise UserError(f"A file of weights in {path} is damaged or cut short ({error}). Write it again.") from error
     except (OSError, ValueError) as error:
         # Of a config that a class is not for, transformers lists all that it is for.
         told = " ".join(str(error).split()).partition(" Model type should be one of")[0]

@@ -72,12 +72,7 @@ def groups(
     Args:
         decayed: the names of the parameters that decay.
         factors: what a part's learning rate is multiplied with; 1 for those not named.
-
-    Raises:
-        UserError: a factor for a part there is none of.
     """
-    if unknown := sorted(set(factors) - set(PARTS)):
-        raise UserError(f"No part is called {', '.join(unknown)}. The parts are {', '.join(PARTS)}.")
     decays = set(decayed)
     members: dict[tuple[Part, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

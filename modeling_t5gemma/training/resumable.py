@@ -205,6 +205,19 @@ class ResumableTrainer(Seq2SeqTrainer):
         self._position = position
         return loss
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer's, but for the learning rate, which stays that of the settings: the checkpoint's would go on
+        in silence where a run is continued with a lower one."""
+        wanted = list(getattr(self.lr_scheduler, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        held = list(getattr(self.lr_scheduler, "base_lrs", ()))
+        if held == wanted:
+            return
+        self.lr_scheduler.base_lrs = wanted
+        for group, rate, before in zip(self.optimizer.param_groups, wanted, held, strict=True):
+            group["initial_lr"] = rate
+            group["lr"] *= rate / before if before else 1.0
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts:
             steps = max(1, self.state.global_step - self._last_logged())
@@ -225,7 +238,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         raise NonFiniteLoss(
             f"The loss of step {self.state.global_step + 1} is {loss.item()} on the examples "
             f"{', '.join(self._where[:16])}. The last good checkpoint: {self._last() or 'none yet'}. Look at these "
-            "examples; lower the learning rate or raise the warm-up before going on from there."
+            "examples, or lower the learning rate."
         )
 
     def _last(self) -> Path | None:

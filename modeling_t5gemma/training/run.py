@@ -20,6 +20,7 @@ from .papers import copy_papers
 from .resumable import ResumableTrainer
 from .rows import Rows
 from .settings import DataSettings, DistillationSettings, ModelSettings, ObjectiveSettings, RecipeSettings
+from .teacher import Distillation
 from .text import samples_of
 from .tokenizing import load_tokenizer
 from .trainer import AdaptationTrainer, Recipe
@@ -60,6 +61,13 @@ def make_trainer(settings: Settings) -> AdaptationTrainer:
         check_window(objective, settings.data.window)
     if settings.model.teacher and settings.model.teacher_cache:
         raise UserError("Give model.teacher or model.teacher_cache, not both.")
+    how = settings.distillation
+    followed = Distillation(how.divergence, how.temperature, how.share)
+    if settings.model.teacher_cache and (followed.divergence, followed.temperature) != ("forward_kl", 1.0):
+        raise UserError(
+            "Samples of a teacher's distribution give its forward KL at temperature 1 alone: leave out "
+            "distillation.divergence and temperature, or give model.teacher in place of model.teacher_cache."
+        )
     if (settings.model.teacher or settings.model.teacher_cache) and not all(
         objective.teachable for objective in objectives
     ):
@@ -70,10 +78,10 @@ def make_trainer(settings: Settings) -> AdaptationTrainer:
     model = load_student(settings.model)
     layout = layout_of(model, tokenizer, settings.recipe.encoder_bos)
     _check_lengths(settings.data, objectives, layout, model)
+    claim(output, describe(settings), training.should_save)
     samples, held_out, rows_of_run = samples_of(settings.data, settings.model, training, schedule, tokenizer)
     capacity = settings.data.pack
     world, rank = training.world_size, training.process_index
-    claim(output, describe(settings), training.should_save)
     if training.should_save:
         save_sentinels(output, sentinels)
 
@@ -97,7 +105,7 @@ def make_trainer(settings: Settings) -> AdaptationTrainer:
         capacity=capacity,
         recipe=_recipe(settings),
         teacher=load_teacher(settings.model, settings.distillation, layout),
-        cached=settings.distillation.share if settings.model.teacher_cache else None,
+        cached=followed.share if settings.model.teacher_cache else None,
         held_out=held_out,
         describe={"settings": describe(settings), "rows": rows_of_run},
         processing_class=tokenizer,

@@ -17,11 +17,22 @@ from ..losses import Divergence, TeacherTarget, token_losses
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a teacher is followed; see ``TeacherTarget``."""
+    """How a teacher is followed; see ``TeacherTarget``.
+
+    Raises:
+        UserError: a number is out of range.
+    """
 
     divergence: Divergence = "forward_kl"
     temperature: float = 1.0
     share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or not 0 <= self.share <= 1:
+            raise UserError(
+                f"distillation.temperature ({self.temperature}) is above 0, and distillation.share ({self.share}) "
+                "between 0 and 1."
+            )
 
 
 class Teacher:

@@ -23,7 +23,7 @@ from .settings import DataSettings, ModelSettings, SourceSettings
 from .shards import INDEX, TokenShards
 from .sources import TextSource
 from .teacher_cache import Taught
-from .tokenizing import TokenStream, tokenize_source, vocabulary_of
+from .tokenizing import TokenStream, check_unchanged, tokenize_source, vocabulary_of
 
 SHARD_TOKENS = 1 << 26
 
@@ -95,7 +95,9 @@ def _documents(
     what = json.dumps([asdict(source), vocabulary.fingerprint], sort_keys=True).encode()
     folder = cache / f"{Path(source.path).stem}-{hashlib.sha256(what).hexdigest()[:12]}"
     with training.main_process_first(local=False, desc="tokenising"):
-        if not (folder / INDEX).is_file():
+        if (folder / INDEX).is_file():
+            check_unchanged(folder, _text_source(source))
+        else:
             with tqdm(unit="token", unit_scale=True, desc=f"Tokenising {source.path}", leave=False) as bar:
                 result = tokenize_source(
                     _text_source(source),

@@ -328,8 +328,32 @@ def _settings(source: TextSource, vocabulary: Vocabulary, shard_tokens: int) -> 
     not noticed."""
     place = asdict(source)
     del place["weight"], place["streaming"]
-    files = [{"file": str(file), "bytes": file.stat().st_size} for file in source.files()]
+    files = _sizes(source)
     return {"source": place, "files": files, "tokenizer": vocabulary.fingerprint, "shard_tokens": shard_tokens}
+
+
+def _sizes(source: TextSource) -> list[dict[str, Any]]:
+    return [{"file": str(file), "bytes": file.stat().st_size} for file in source.files()]
+
+
+def check_unchanged(folder: Path, source: TextSource) -> None:
+    """Refuse finished shards of local files that are others now, by names and sizes. Files that are all gone are not
+    missed.
+
+    Raises:
+        UserError: names the first difference.
+    """
+    held = read_index(folder)["made_from"]["settings"]["files"]
+    try:
+        there = _sizes(source)
+    except UserError:
+        return
+    for before, now in itertools.zip_longest(held, there):
+        if before != now:
+            raise UserError(
+                f"{source.path} has changed since it was tokenised ({before} then, {now} now). Remove {folder} to "
+                "tokenise it again, or put the text back: a run that has begun needs it as it was."
+            )
 
 
 def _check_settings(output: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

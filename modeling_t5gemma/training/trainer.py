@@ -18,7 +18,7 @@ from ..losses import SampledTarget, Target
 from .curves import Panel
 from .evaluation import HeldOutLoss, evaluate_student, evaluate_teacher
 from .mixture import Sample
-from .parts import Part, freeze, groups, parameters_of
+from .parts import PARTS, Part, freeze, groups, parameters_of
 from .resumable import Batches, ResumableTrainer
 from .rows import Rows
 from .teacher import Teacher, shard
@@ -35,12 +35,24 @@ class Recipe:
             random).
         joining: steps over which the learning rate of all other parts then rises from 0. Without them the loss is
             thrown back by nats when everything begins to move at once.
+
+    Raises:
+        UserError: a number is negative, or there is no such part.
     """
 
     frozen: Sequence[Part] = ()
     learning_rates: dict[str, float] = field(default_factory=dict)
     alone: int = 0
     joining: int = 100
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.learning_rates) - set(PARTS)):
+            raise UserError(f"No part is called {', '.join(unknown)}. The parts are {', '.join(PARTS)}.")
+        if self.alone < 0 or self.joining < 0 or min(self.learning_rates.values(), default=0) < 0:
+            raise UserError(
+                f"alone ({self.alone}), joining ({self.joining}) and factors on learning rates "
+                f"({self.learning_rates}) are not negative."
+            )
 
 
 class AdaptationTrainer(ResumableTrainer):

@@ -312,6 +312,11 @@ def test_precomputed_log_probabilities_are_kept_and_belong_to_their_pairs(tmp_pa
     assert again.evaluate()["eval_rewards/chosen"] < -0.1
     with pytest.raises(UserError, match=r"reference-\w+.npy has .* of other pairs .* changed since"):
         make(tmp_path, steps=2, test=pairs(3, seed=2)).train()
+    other = make(tmp_path, steps=2, test=pairs(3, seed=1))
+    with torch.no_grad():  # trained anew where it was
+        other.model.model.decoder.norm.weight.add_(0.1)
+    with pytest.raises(UserError, match="another model: they have changed since"):
+        other.train()
 
 
 def model_at_start():

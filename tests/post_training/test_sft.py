@@ -306,7 +306,7 @@ def test_epochs_become_steps(tmp_path):
         ({"data": {"chat_template": "nowhere.jinja"}}, "nowhere.jinja cannot be read"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "at least two held-out"),
         ({"kind": "decoder-only", "teacher": "x"}, "is decoder-only"),
-        ({"teacher": "separate"}, "The teacher .*separate is a t5gemma, and a teacher is decoder-only"),
+        ({"teacher": "separate"}, r"The teacher .*separate is an encoder-decoder \(t5gemma\), .* is decoder-only"),
         ({"records": [{"text": "a"}]}, "It has 'text'"),
         ({"model": "/nowhere"}, "nowhere"),
     ],

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.training.checkpoints import find
@@ -206,6 +208,17 @@ def test_any_key_is_overridden_and_an_unknown_one_refused(config, adapt, capsys)
         (["--data.sources", "[{{path: {tmp}/none.jsonl}}]"], "does not exist"),
         (["--data.held_out", "100000"], "cannot be held out"),
         (["--data.max_bad", "0"], "no json|JSON|bad records"),
+        (["--distillation.share", "1.5"], "distillation.share .1.5. between 0 and 1"),
+        (["--distillation.temperature", "0"], "temperature .0.0. is above 0"),
+        (["--recipe.alone", "-1"], "are not negative"),
+        (["--recipe.learning_rates", "{{heads: 2}}"], "No part is called heads"),
+        (["--model.teacher", "{tmp}/student"], "is an encoder-decoder .adapted_seq2seq., and a teacher is"),
+        (
+            ["--model.teacher", "null", "--model.teacher_cache", "x", "--distillation.temperature", "2"],
+            "Samples .* forward KL at temperature 1 alone",
+        ),
+        (["--training.output_dir", "{tmp}/student"], "begins as and would overwrite"),
+        (["--training.output_dir", "{tmp}/text.jsonl"], "cannot be made: File exists"),
     ],
 )
 def test_bad_settings_are_told_in_one_line(arguments, words, config, adapt, tmp_path):
@@ -221,6 +234,50 @@ def test_a_folder_with_another_run_is_refused(config, adapt, tmp_path):
     trainer.train()
     with pytest.raises(UserError, match=r"another data.seed"):
         make_trainer(parse(adapt, "--config", str(config), "--training.max_steps", "1", "--data.seed", "1"))
+
+
+def test_a_student_that_is_not_whole_is_refused(config, adapt, tmp_path):
+    """What transformers would fill with random tensors, or end with a traceback for."""
+    student = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "student")
+    weights = student.state_dict()
+    del weights["model.decoder.layers.0.mlp.up_proj.weight"]
+    student.save_pretrained(tmp_path / "spoilt", state_dict=weights)
+    short = shutil.copytree(tmp_path / "student", tmp_path / "short") / "model.safetensors"
+    short.write_bytes(short.read_bytes()[:20_000])
+    other = T5Config(vocab_size=tiny.VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(other).save_pretrained(tmp_path / "t5")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    for name, words in {
+        "spoilt": r"spoilt lacks 1 tensors such as model\.decoder\.layers\.0\.mlp",
+        "short": "short is damaged or cut short",
+        "t5": "t5 is a t5. Of encoder-decoders, only T5Gemma's kind",
+        "lora": "lora is an adapter. Merge it into its base first: t5gemma merge",
+    }.items():
+        tiny.word_tokenizer().save_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match=words):
+            make_trainer(parse(adapt, "--config", str(config), "--model.path", str(tmp_path / name)))
+
+
+def test_text_that_was_changed_after_it_was_tokenised_is_refused(config, adapt, tmp_path):
+    settings = ["--config", str(config)]
+    with pytest.raises(UserError, match="cannot be held out"):
+        make_trainer(parse(adapt, *settings, "--data.held_out", "100000"))
+    text = tmp_path / "text.jsonl"
+    text.write_text(text.read_text() * 2)
+    with pytest.raises(UserError, match=r"text.jsonl has changed since it was tokenised .*Remove (\S+) to") as error:
+        make_trainer(parse(adapt, *settings))
+    shutil.rmtree(re.search(r"Remove (\S+) to", str(error.value))[1])
+    make_trainer(parse(adapt, *settings))
+    text.unlink()  # it is not needed any more
+    make_trainer(parse(adapt, *settings))
+
+
+def test_it_is_refused_before_its_text_is_read(config, adapt, tmp_path, monkeypatch):
+    make_trainer(parse(adapt, "--config", str(config), "--training.max_steps", "1")).train()
+    monkeypatch.setattr("modeling_t5gemma.training.run.samples_of", lambda *_: pytest.fail("read"))
+    with pytest.raises(UserError, match=r"another data.window"):
+        make_trainer(parse(adapt, "--config", str(config), "--training.max_steps", "1", "--data.window", "12"))
 
 
 def test_ul2_then_prefix_lm_packed_with_workers(config, adapt):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
 import numpy as np
 import pytest
 import torch
 
+from modeling_t5gemma import cli
 from modeling_t5gemma.collators import Layout
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.losses import SampledTarget, linear_loss
 from modeling_t5gemma.training import teacher_cache
 from modeling_t5gemma.training.documents import Pieces
 from modeling_t5gemma.training.shards import Vocabulary
+from modeling_t5gemma.training.sources import TextSource
 from modeling_t5gemma.training.teacher import Teacher
 from modeling_t5gemma.training.teacher_cache import Taught, draw_words, write_cache
+from modeling_t5gemma.training.tokenizing import tokenize_source
 from tests import tiny
 from tests.training.test_trainer import losses, make, text
 
@@ -118,3 +124,26 @@ def test_training_on_a_cache_is_training_on_the_teacher(tmp_path, pieces, teache
         trainer.train()
     entropy = -(p * p.log()).sum(-1).mean().item()
     assert losses(cached)[0] == pytest.approx(losses(direct)[0] + entropy, rel=0.02)
+
+
+def test_the_command_needs_a_decoder_only_teacher(tmp_path, monkeypatch, capsys):
+    handler = signal.getsignal(signal.SIGTERM)
+    for name, model in (("original", tiny.gemma3()), ("student", tiny.t5gemma())):
+        model.save_pretrained(tmp_path / name)
+        tiny.word_tokenizer().save_pretrained(tmp_path / name)
+    (tmp_path / "text.jsonl").write_text('{"text": "' + "w5 w6 w7 " * 9 + '"}\n')
+    source = TextSource(str(tmp_path / "text.jsonl"))
+    tokenize_source(source, str(tmp_path / "original"), tmp_path / "tokens", processes=1, shard_tokens=1000)
+    told = {}
+    for name in ("original", "student"):
+        words = [str(tmp_path / "tokens"), "--teacher", str(tmp_path / name), "--output", str(tmp_path / f"by {name}")]
+        monkeypatch.setattr(sys, "argv", ["t5gemma", "teacher-cache", *words, "--window", "16", "--dtype", "float32"])
+        try:
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        told[name] = ended.value.code or 0, capsys.readouterr()
+    assert told["original"][0] == 0 and "16 samples a token of 2 windows" in told["original"][1].out
+    assert told["student"][0] == 2
+    assert "student is an encoder-decoder (t5gemma), and a teacher is decoder-only" in told["student"][1].err

@@ -339,7 +339,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(UserError, match="one tokenizer"):
         make(tmp_path, teacher=tiny.gemma3(vocab_size=tiny.VOCAB + 1))
     with pytest.raises(UserError, match="No part is called heads"):
-        make(tmp_path, recipe=Recipe(learning_rates={"heads": 2.0})).create_optimizer()
+        Recipe(learning_rates={"heads": 2.0})
     schedule = Schedule(((1.0, SpanCorruption(Denoiser(3, 0.3), tuple(range(80, 90)), 1)),))
     with pytest.raises(UserError, match="cannot teach it"):
         make(tmp_path, schedule=schedule).train()
