@@ -19,6 +19,7 @@ from modeling_t5gemma.exporting.decoding import Decoding
 from modeling_t5gemma.exporting.deviation import Model
 from modeling_t5gemma.exporting.formats import Runtime
 from modeling_t5gemma.inference.loading import load_checkpoint
+from modeling_t5gemma.inference.packing import QuantizedLinear, multiplies
 from tests import tiny
 from tests.exporting.conftest import FULL, STACK, save, source_and_target, untied
 
@@ -124,19 +125,29 @@ def test_bfloat16_weights_are_the_rounded_ones(tmp_path):
     assert export.log_probs(source, target) == pytest.approx((-losses.token_losses[0]).tolist(), abs=SAME)
 
 
-def test_int8_weights_are_a_quarter_and_near(tmp_path):
-    wide = {**STACK, "hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.05}
-    model = tiny.t5gemma(wide, wide)
-    own, export = both(model, tmp_path / "one", "int8")
-    another, _ = both(tiny.t5gemma(wide, wide), tmp_path / "another", "int8")
+WIDE = {**STACK, "hidden_size": 256, "intermediate_size": 256, "initializer_range": 0.05}
+
+
+def test_int8_weights_are_a_quarter(tmp_path):
+    model = tiny.t5gemma(WIDE, WIDE)
+    both(model, tmp_path, "int8")
+    stored = sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert (tmp_path / "export" / "model.bin").stat().st_size < 0.3 * stored
+
+
+@pytest.mark.skipif(
+    not multiplies(QuantizedLinear, torch.float32),
+    reason="the processor cuts off sums of products of 8-bit integers: the deviation is larger, and is printed",
+)
+def test_int8_weights_are_near(tmp_path):
+    own, export = both(tiny.t5gemma(WIDE, WIDE), tmp_path / "one", "int8")
+    another, _ = both(tiny.t5gemma(WIDE, WIDE), tmp_path / "another", "int8")
     source, target = source_and_target(8, 8)
     near, far = (
         np.abs(np.subtract(own.log_probs(source, target), other.log_probs(source, target))).mean()
         for other in (export, another)
     )
     assert 0 < near < far / 4
-    stored = sum(parameter.numel() * 4 for parameter in model.parameters())
-    assert (tmp_path / "one" / "export" / "model.bin").stat().st_size < 0.3 * stored
 
 
 def t5gemma_config(**changes) -> T5GemmaConfig:
