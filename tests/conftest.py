@@ -96,19 +96,8 @@ def _online_for_loopback(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
 
 
+@pytest.fixture(autouse=True)
 def _seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-
-
-# A fixture of a wider scope is made before or after any number of tests, as their workers happen to take them, so each
-# begins with the seed itself: its random model is then the same in every run.
-@pytest.hookimpl(tryfirst=True)
-def pytest_fixture_setup() -> None:
-    _seed()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_call() -> None:
-    _seed()
