@@ -208,6 +208,8 @@ def test_any_key_is_overridden_and_an_unknown_one_refused(config, adapt, capsys)
         (["--data.sources", "[{{path: {tmp}/none.jsonl}}]"], "does not exist"),
         (["--data.held_out", "100000"], "cannot be held out"),
         (["--data.max_bad", "0"], "no json|JSON|bad records"),
+        (["--data.sources", "[]"], "data.sources is empty"),
+        (["--data.sources", "[{{path: {tmp}/text.jsonl, column: words}}]"], "no record with a text in 'words'"),
         (["--distillation.share", "1.5"], "distillation.share .1.5. between 0 and 1"),
         (["--distillation.temperature", "0"], "temperature .0.0. is above 0"),
         (["--recipe.alone", "-1"], "are not negative"),
