@@ -36,7 +36,6 @@ def test_a_run_begins_where_it_is_told(tmp_path):
     assert weights[0] == weights[1]
 
 
-
 def test_what_is_over_is_not_trained_on(tmp_path):
     """Killed behind its last step, or started once more."""
     train(make(tmp_path, steps=4), "auto")
@@ -50,7 +49,7 @@ def test_what_is_over_is_not_trained_on(tmp_path):
 
 def test_an_optimizer_that_is_not_installed_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
-    with pytest.raises(UserError, match="training.optim is adamw_8bit: .*bitsandbytes"):
+    with pytest.raises(UserError, match=r"training.optim is adamw_bnb_8bit: .*bitsandbytes"):
         train(make(tmp_path, steps=4, optim="adamw_bnb_8bit"), "auto")
 
 
