@@ -133,7 +133,8 @@ class DecoderOnlyTrainer(ResumableTrainer):
     ) -> None:
         if args.eval_strategy != "no" and len(held_out) < 2:
             raise UserError(
-                f"eval_strategy={args.eval_strategy} needs at least two held-out examples; there are {len(held_out)}."
+                f"eval_strategy={args.eval_strategy.value} needs at least two held-out examples; there are "
+                f"{len(held_out)}."
             )
         freeze(model, frozen)
         give_answer_losses(model.get_base_model() if hasattr(model, "peft_config") else model)

@@ -155,7 +155,7 @@ class DpoTrainer(TunedTrainer):
         if (kind == "loaded") != (reference_model is not None):
             raise UserError(f"A reference model goes with dpo.reference loaded, and with that alone; it is {kind}.")
         if args.eval_strategy != "no" and not held_out:
-            raise UserError(f"eval_strategy={args.eval_strategy} needs held-out pairs; there are none.")
+            raise UserError(f"eval_strategy={args.eval_strategy.value} needs held-out pairs; there are none.")
         numbered = [replace(pair, number=number) for number, pair in enumerate([*pairs, *held_out])]
         self.pairs, measured = numbered[: len(pairs)], numbered[len(pairs) :]
         self._layout = layout

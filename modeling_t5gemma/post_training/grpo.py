@@ -174,7 +174,7 @@ class GrpoTrainer(TunedTrainer):
         if not self.settings.beta and reference_model is not None:
             raise UserError("With beta 0 no reference is asked: leave the reference model out.")
         if args.eval_strategy != "no" and not held_out:
-            raise UserError(f"eval_strategy={args.eval_strategy} needs held-out prompts; there are none.")
+            raise UserError(f"eval_strategy={args.eval_strategy.value} needs held-out prompts; there are none.")
         examples = ShuffledExamples(prompts, seed)
         super().__init__(
             model,

@@ -215,6 +215,11 @@ def _rows(
 
 def _answering(settings: Settings, renderer: Renderer, layout: Layout) -> Answering | None:
     how = settings.evaluation
+    if how.generate < 0 or how.samples < 0 or how.num_beams < 1 or (how.max_new_tokens or 1) < 1:
+        raise UserError(
+            f"evaluation.generate ({how.generate}) and samples ({how.samples}) are not negative, num_beams "
+            f"({how.num_beams}) and max_new_tokens ({how.max_new_tokens}) begin at 1."
+        )
     if not how.generate:
         return None
     return Answering(

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers import Seq2SeqTrainingArguments as TrainingArguments
 
 from ..errors import UserError
-from ..training.checkpoints import complete_checkpoints, find, step_of
+from ..training.checkpoints import complete_checkpoints, find
 from ..training.examples import steps_of
 from ..training.resumable import NonFiniteLoss
 from .data import Example, encode, has_test_split, read_cases
@@ -177,10 +177,6 @@ class _TaskRun:
         trainer.accelerator.wait_for_everyone()
 
     def _finish(self, trainer: ClassificationTrainer) -> None:
-        last = find(Path(trainer.args.output_dir)).last
-        if last is not None and step_of(last) >= trainer.args.max_steps:
-            trainer._load_from_checkpoint(str(last))  # killed between its last step and its result
-            return
         trainer.train(resume_from_checkpoint=True)
         if (received := trainer.signals.received) is not None:
             raise Stopped(received)

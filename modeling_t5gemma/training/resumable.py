@@ -183,6 +183,26 @@ class ResumableTrainer(Seq2SeqTrainer):
             self.signals.release()
             self._progress.close()
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the Trainer's, unless every step was done before a kill: it would do one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """As the Trainer's.
+
+        Raises:
+            UserError: it is in a package that is not installed.
+        """
+        try:
+            found: tuple[Any, dict[str, Any]] = Seq2SeqTrainer.get_optimizer_cls_and_kwargs(args, model)
+        except ImportError as error:
+            raise UserError(f"training.optim is {args.optim.value}: {error}. Or take another.") from error
+        return found
+
     def get_train_dataloader(self) -> Any:
         return self._batches(self._position)
 

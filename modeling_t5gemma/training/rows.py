@@ -79,10 +79,10 @@ class Rows:
         num_workers: int = 0,
         before_source: int = 0,
     ) -> None:
-        if rows_per_batch < 1 or not 0 <= rank < world or position < 0:
+        if rows_per_batch < 1 or not 0 <= rank < world or position < 0 or num_workers < 0:
             raise UserError(
                 f"rows_per_batch ({rows_per_batch}) begins at 1, rank ({rank}) is below world ({world}), and position "
-                f"({position}) is not negative."
+                f"({position}) and workers ({num_workers}) are not negative."
             )
         self.position, self.rows_per_batch, self.world, self.rank = position, rows_per_batch, world, rank
         self._blocks = _BlocksOfRows(samples, capacity, before_source)

@@ -36,6 +36,8 @@ def samples_of(
     Raises:
         UserError: the text cannot be used.
     """
+    if not data.sources:
+        raise UserError("data.sources is empty: name at least one text.")
     shortest = max(objective.shortest() for _, objective in schedule.stages)
     rows = (
         training.max_steps
@@ -110,7 +112,13 @@ def _documents(
                 )
             if result.skipped:
                 tqdm.write(f"{source.path}: skipped {result.skipped}; the first: {'; '.join(result.first_skipped)}")
-    return TokenShards(folder, vocabulary)
+    shards = TokenShards(folder, vocabulary)
+    if not len(shards):
+        raise UserError(
+            f"{source.path} has no record with a text in {source.column!r}. Name another column, or mend the text and "
+            f"remove {folder}."
+        )
+    return shards
 
 
 def _advance(bar: Any) -> Callable[[int, int], None]:

@@ -161,7 +161,9 @@ class AdaptationTrainer(ResumableTrainer):
             trained = self.model if model is None else model
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, trained)
             if "params" in kwargs or "optimizer_dict" in kwargs or "model" in kwargs:
-                raise UserError(f"optim={self.args.optim} makes its own parameter groups: take AdamW or Adafactor.")
+                raise UserError(
+                    f"optim={self.args.optim.value} makes its own parameter groups: take AdamW or Adafactor."
+                )
             self.optimizer = cls(
                 groups(
                     trained,
@@ -304,14 +306,18 @@ def _shape(args: Seq2SeqTrainingArguments, steps: int) -> Callable[[int], float]
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )
     if not isinstance(scheduler, LambdaLR):
-        raise UserError(f"lr_scheduler_type={args.lr_scheduler_type} is no function of the step alone: take another.")
+        raise UserError(
+            f"lr_scheduler_type={args.lr_scheduler_type.value} is no function of the step alone: take another."
+        )
     shape: Callable[[int], float] = scheduler.lr_lambdas[0]
     return shape
 
 
 def _check(args: Seq2SeqTrainingArguments, recipe: Recipe, model: PreTrainedModel, held_out: Sequence[Pair]) -> None:
     if args.eval_strategy != "no" and len(held_out) < 2:
-        raise UserError(f"eval_strategy={args.eval_strategy} needs at least two held-out examples; there are none.")
+        raise UserError(
+            f"eval_strategy={args.eval_strategy.value} needs at least two held-out examples; there are none."
+        )
     if recipe.alone and model.config.decoder.cross_attention_type != "separate":
         raise UserError(
             "Cross-attention cannot be trained alone here: layerwise cross-attention has no weights of its own. "

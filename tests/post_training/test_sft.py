@@ -307,6 +307,7 @@ def test_epochs_become_steps(tmp_path):
         ({"eval_strategy": "steps", "eval_steps": 1}, "at least two held-out"),
         ({"kind": "decoder-only", "teacher": "x"}, "is decoder-only"),
         ({"teacher": "separate"}, r"The teacher .*separate is an encoder-decoder \(t5gemma\), .* is decoder-only"),
+        ({"generate": -1}, "evaluation.generate .-1. and samples"),
         ({"records": [{"text": "a"}]}, "It has 'text'"),
         ({"model": "/nowhere"}, "nowhere"),
     ],

@@ -144,6 +144,7 @@ def test_launchers_give_the_losses_of_one_process(launcher, config, tmp_path, mo
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     few = ["--training.max_steps", "3", "--training.save_steps", "3", "--data.max_bad", "1"]
+    few += ["--model.teacher_dtype", "float32"]  # bfloat16 rounds a batch of one otherwise than one of two
     finish(start(config, *few, "--training.output_dir", str(tmp_path / "one")))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -151,7 +152,7 @@ def test_launchers_give_the_losses_of_one_process(launcher, config, tmp_path, mo
     halved = ["--training.output_dir", str(tmp_path / "two"), "--training.per_device_train_batch_size", "1"]
     finish(start(config, *few, *halved, launcher=["-m", *launcher, str(port)]))
     one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
-    assert sorted(two) == [1, 2, 3] and two == pytest.approx(one, abs=1e-4)
+    assert sorted(two) == [1, 2, 3] and two == pytest.approx(one, abs=1e-5)
 
 
 def parse(adapt, *arguments: str):
@@ -208,6 +209,8 @@ def test_any_key_is_overridden_and_an_unknown_one_refused(config, adapt, capsys)
         (["--data.sources", "[{{path: {tmp}/none.jsonl}}]"], "does not exist"),
         (["--data.held_out", "100000"], "cannot be held out"),
         (["--data.max_bad", "0"], "no json|JSON|bad records"),
+        (["--data.sources", "[]"], "data.sources is empty"),
+        (["--data.sources", "[{{path: {tmp}/text.jsonl, column: words}}]"], "no record with a text in 'words'"),
         (["--distillation.share", "1.5"], "distillation.share .1.5. between 0 and 1"),
         (["--distillation.temperature", "0"], "temperature .0.0. is above 0"),
         (["--recipe.alone", "-1"], "are not negative"),

@@ -36,6 +36,23 @@ def test_a_run_begins_where_it_is_told(tmp_path):
     assert weights[0] == weights[1]
 
 
+def test_what_is_over_is_not_trained_on(tmp_path):
+    """Killed behind its last step, or started once more."""
+    train(make(tmp_path, steps=4), "auto")
+    weights = (tmp_path / "checkpoint-4" / "model.safetensors").read_bytes()
+    again = make(tmp_path, steps=4)
+    train(again, "auto")
+    again.save_model()
+    assert again.state.global_step == 4 and (tmp_path / "model.safetensors").read_bytes() == weights
+    assert find(tmp_path).last.name == "checkpoint-4"
+
+
+def test_an_optimizer_that_is_not_installed_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(UserError, match=r"training.optim is adamw_bnb_8bit: .*bitsandbytes"):
+        train(make(tmp_path, steps=4, optim="adamw_bnb_8bit"), "auto")
+
+
 @pytest.mark.parametrize(
     "resume, words",
     [

@@ -119,7 +119,7 @@ def test_a_worker_s_error_is_the_plain_one(workers: int):
         take(1, capacity=(8, 8), num_workers=workers)
 
 
-@pytest.mark.parametrize("options", [dict(rank=1), dict(rows_per_batch=0), dict(position=-1)])
+@pytest.mark.parametrize("options", [dict(rank=1), dict(rows_per_batch=0), dict(position=-1), dict(num_workers=-1)])
 def test_numbers_out_of_range(options):
     with pytest.raises(UserError, match="begins at 1"):
         take(1, **options)
