@@ -10,19 +10,19 @@ from typing import Annotated
 import torch
 import transformers
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from modeling_t5gemma.commands.checkpoints import labelled
+from modeling_t5gemma.commands.outputs import make_folder, wide_console
 from modeling_t5gemma.efficiency.accounting import countable, paper_flops, preset
-from modeling_t5gemma.efficiency.paper import PAPER, QUALITIES
+from modeling_t5gemma.efficiency.paper import AXES, PAPER, QUALITIES
+from modeling_t5gemma.efficiency.plots import check_matplotlib
 from modeling_t5gemma.efficiency.report import Entry, tables, write_report
 from modeling_t5gemma.efficiency.timing import Request, Setup, check_device, measure
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.training.loading import load_config
 
 DTYPES = ("float32", "bfloat16")
-PIPED_WIDTH = 160
 
 
 def efficiency(
@@ -58,8 +58,6 @@ def efficiency(
     ]
     labels = labelled(checkpoints)
     scores, axis = _scores(quality or [], list(labels))
-    if report is not None and report.exists() and not report.is_dir():
-        raise UserError(f"--report {report} is a file. Give a folder.")
     configs = {}
     for label, path in labels.items():
         known = None if Path(path).is_dir() else preset(path)
@@ -69,15 +67,16 @@ def efficiency(
     setup = Setup(dtype, device, repeats, memory, threads)
     if not calculated:
         check_device(device)
+    if report is not None:
+        make_folder("--report", report)
+        if scores or not calculated:
+            check_matplotlib()
     bytes_per_value = getattr(torch, dtype).itemsize
     entries = []
     for label, path in labels.items():
         measured = () if calculated else measure(path, requests, setup)
         entries.append(Entry.of(label, configs[label], requests, bytes_per_value, measured, scores.get(label)))
-    console = Console()
-    if not console.is_terminal:
-        # Into a file or a pipe, where 80 columns would cut the numbers off.
-        console.width = PIPED_WIDTH
+    console = wide_console()
     for title, (head, *rows) in tables(entries).items():
         shown = Table(title=title)
         for number, heading in enumerate(head):
@@ -113,8 +112,7 @@ def _scores(given: list[str], labels: list[str]) -> tuple[dict[str, float], str]
         attribute = QUALITIES[given[0]]
         if unknown := [label for label in labels if label not in PAPER]:
             raise UserError(f"--quality {given[0]}: the paper has no {unknown[0]}. It has {', '.join(PAPER)}.")
-        what = f"{attribute.replace('_', ' ')} average in percent (arXiv 2504.06225)"
-        return {label: getattr(PAPER[label], attribute) for label in labels}, what
+        return {label: getattr(PAPER[label], attribute) for label in labels}, AXES[attribute]
     scores = {}
     for each in given:
         label, _, number = each.rpartition("=")

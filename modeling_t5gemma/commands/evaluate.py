@@ -6,17 +6,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from modeling_t5gemma.commands.checkpoints import labelled
+from modeling_t5gemma.commands.outputs import make_folder, wide_console
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.evaluation.plan import plan
 from modeling_t5gemma.evaluation.report import average, report
 from modeling_t5gemma.evaluation.run import Settings, evaluate_checkpoint
 from modeling_t5gemma.evaluation.tasks import Tasks
-from modeling_t5gemma.inference.loading import DTYPES, load_checkpoint
+from modeling_t5gemma.inference.loading import DTYPES, check_checkpoint, load_checkpoint
 from modeling_t5gemma.training.shards import write_atomically, write_json
 
 
@@ -62,13 +62,15 @@ def evaluate(
     labels = labelled(checkpoints)
     if data is not None and not data.is_dir():
         raise UserError(f"--data {data} is no folder.")
-    if output is not None and output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file. Give a folder.")
     wanted = plan(Tasks(include or ()), suite, shots=shots, allow_code=allow_code, data=data)
     if wanted.left_out:
         typer.echo(
             f"Left out, since they run code that the model writes: {', '.join(wanted.left_out)} (--allow-code)."
         )
+    for path in labels.values():  # the last one too, before the first one's hours
+        check_checkpoint(path, base=base)
+    if output is not None:
+        make_folder("--output", output)
     settings = Settings(limit, data, wanted.suite == "it" if chat is None else chat, block, allow_code, batch_size)
     results = {}
     for label, path in labels.items():
@@ -94,7 +96,7 @@ def evaluate(
         shown.add_column(escape(heading), justify="right" if number > 2 else "left")
     for row in made.rows[1:]:
         shown.add_row(*map(escape, row))
-    console = Console()
+    console = wide_console()
     console.print(shown, *map(escape, made.remarks), sep="\n")
     if output is not None:
         write_atomically(output / "results.md", [made.markdown().encode()])

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,9 +51,24 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 def in_own_process(function: Callable[..., T], *arguments: Any) -> T:
-    """A function of a module, called in a new process."""
+    """A function of a module, called in a new process.
+
+    Raises:
+        UserError: the process was ended from outside.
+    """
+    before = multiprocessing.active_children()
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            return pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                "The system ended the process that was measured, most likely for want of memory. Ask for less: "
+                "--input, --batch, --dtype bfloat16."
+            ) from error
+        except (KeyboardInterrupt, SystemExit):  # the pool would wait for the work to be done
+            for child in set(multiprocessing.active_children()) - set(before):
+                child.terminate()
+            raise
 
 
 @contextmanager

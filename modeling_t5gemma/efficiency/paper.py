@@ -72,3 +72,8 @@ PAPER = {
     "9b-9b": Reported(1.630e14, 2.727, AVERAGES["t5gemma-9b-9b-prefixlm"]),
 }
 QUALITIES = {"paper-pretrained": "pretrained", "paper-instruction-tuned": "instruction_tuned"}
+# What they are, for an axis.
+AXES = {
+    "pretrained": "average of pretrained models, percent\n(arXiv 2504.06225)",
+    "instruction_tuned": "average after SFT (Gemma 2: after RLHF),\npercent (arXiv 2504.06225)",
+}

@@ -60,17 +60,14 @@ def quality_plot(points: Sequence[Point], cost: str, quality: str) -> bytes:
         if not chosen:
             continue
         _scatter(axes, chosen, label, of_pairs)
-        for point in chosen:
-            axes.annotate(
-                point.label, (point.cost, point.quality), (5, 4), textcoords="offset points", fontsize="small"
-            )
     costs = [point.cost for point in points]
     if max(costs) > LOGARITHMIC * min(costs):
         axes.set_xscale("log")
     axes.margins(0.12)
+    _annotate(axes, points, front)
     axes.set_xlabel(cost)
     axes.set_ylabel(quality)
-    axes.legend(fontsize="small", loc="lower right")
+    figure.legend(fontsize="small", loc="outside upper center", ncols=3)
     return _png(figure)
 
 
@@ -109,12 +106,41 @@ def _scatter(axes: Any, points: Sequence[Point], label: str, encoder_decoder: bo
     axes.errorbar(costs, qualities, xerr=errors, fmt="o" if encoder_decoder else "s", capsize=2, label=label)
 
 
-def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
+def _annotate(axes: Any, points: Sequence[Point], front: Sequence[Point]) -> None:
+    """Names towards the middle, so that they stay inside: above the front's points, below those that it beats."""
+    axes.autoscale_view()  # else it is done when drawn, and nobody knows yet what is left
+    to_share = axes.transData + axes.transAxes.inverted()
+    for point in points:
+        on_the_left = to_share.transform((point.cost, point.quality))[0] < 0.5
+        above = point in front
+        axes.annotate(
+            point.label,
+            (point.cost, point.quality),
+            (5 if on_the_left else -5, 4 if above else -4),
+            textcoords="offset points",
+            horizontalalignment="left" if on_the_left else "right",
+            verticalalignment="bottom" if above else "top",
+            fontsize="small",
+        )
+
+
+def check_matplotlib() -> None:
+    """Make sure that there can be plots.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise UserError("Plots need matplotlib: pip install modeling_t5gemma[train].") from error
+
+
+def _figure(panels: int) -> tuple[Any, Sequence[Any]]:
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(5.6 * panels, 4), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(1, panels, squeeze=False)[0]

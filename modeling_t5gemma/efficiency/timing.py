@@ -9,10 +9,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError
@@ -81,9 +82,6 @@ class Measured:
             peak,
         )
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Setup:
@@ -147,7 +145,8 @@ def measure(path: str, requests: Sequence[Request], setup: Setup) -> list[Measur
     """Measure a checkpoint, in processes of its own: one for the times, one for the memory.
 
     Raises:
-        UserError: it cannot be loaded, there is no such device, or a request cannot be measured.
+        UserError: it cannot be loaded, there is no such device, or a request cannot be measured or needs more memory
+            than there is.
     """
     for request in requests:
         if min(request.batch, request.input_tokens) < 1 or request.output_tokens < 2:
@@ -164,8 +163,8 @@ def times(path: str, requests: Sequence[Request], setup: Setup) -> list[list[Run
     """The repeats of each request; the requests take turns, so that a disturbance hits all of them."""
     model = _load(path, setup)
     for request in requests:
-        generate_once(model, request)
-    rounds = [[generate_once(model, request, seed) for request in requests] for seed in range(setup.repeats)]
+        _fitting(path, model, request)
+    rounds = [[_fitting(path, model, request, seed) for request in requests] for seed in range(setup.repeats)]
     return [list(runs) for runs in zip(*rounds)]
 
 
@@ -173,7 +172,7 @@ def peaks_of(path: str, requests: Sequence[Request], setup: Setup) -> list[int]:
     """The working memory of each request, in bytes."""
     model = _load(path, setup)
     generate_once(model, Request(1, 1, 2))  # what the first call makes and keeps
-    return [peak_bytes(lambda each=request: generate_once(model, each), model.device) for request in requests]  # type: ignore[misc]
+    return [peak_bytes(lambda each=request: _fitting(path, model, each), model.device) for request in requests]  # type: ignore[misc]
 
 
 def check_device(name: str) -> torch.device:
@@ -201,6 +200,19 @@ def _load(path: str, setup: Setup) -> Any:
         return model.to(device).eval()
     except torch.OutOfMemoryError as error:
         raise UserError(f"{path} does not fit on {device}. Give --dtype bfloat16 or --device cpu.") from error
+
+
+def _fitting(path: str, model: Any, request: Request, seed: int = 0) -> Run:
+    """``generate_once``, told in one line where the memory is full."""
+    try:
+        return generate_once(model, request, seed)
+    except RuntimeError as error:
+        if not should_reduce_batch_size(error):
+            raise
+        raise UserError(
+            f"{path} does not fit into memory with {request.batch} rows of {request.input_tokens} + "
+            f"{request.output_tokens} tokens. Leave that out of --input or --batch, or give --dtype bfloat16."
+        ) from error
 
 
 def _random_ids(model: Any, request: Request, seed: int) -> tuple[torch.Tensor, dict[str, int]]:

@@ -70,15 +70,9 @@ def load_checkpoint(path: str, *, base: str | None = None, dtype: str = "auto", 
         raise UserError(f"--dtype {dtype} is none of {', '.join(DTYPES)}.")
     disable_progress_bar()
     place = _device(device)
-    adapter = _adapter_folder(path)
+    adapter, base, tokenizer = _parts(path, base)
     if adapter is None:
-        if base is not None:
-            raise UserError(f"{path} is no adapter, so it has no --base. Leave that out.")
-        tokenizer = load_tokenizer(path)
-        return Checkpoint(_load_model(path, dtype, place), tokenizer, (path,))
-    base = base or read_base(adapter)["path"]
-    own = any((adapter / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = load_tokenizer(str(adapter) if own else base)
+        return Checkpoint(_load_model(base, dtype, place), tokenizer, (base,))
     adapted = load_adapter(_load_model(base, dtype, place), adapter)
     if any(config.is_prompt_learning for config in adapted.peft_config.values()):
         raise UserError(
@@ -90,10 +84,35 @@ def load_checkpoint(path: str, *, base: str | None = None, dtype: str = "auto", 
     return Checkpoint(model, tokenizer, (str(adapter), base))
 
 
-def _load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
+def check_checkpoint(path: str, *, base: str | None = None) -> None:
+    """Find out whether ``load_checkpoint`` would load a checkpoint, as far as it shows without the weights.
+
+    Raises:
+        UserError: as ``load_checkpoint``.
+    """
+    _check_config(_parts(path, base)[1])
+
+
+def _parts(path: str, base: str | None) -> tuple[Path | None, str, Any]:
+    """The adapter's folder, None for a model; where the model is; the tokenizer."""
+    adapter = _adapter_folder(path)
+    if adapter is None:
+        if base is not None:
+            raise UserError(f"{path} is no adapter, so it has no --base. Leave that out.")
+        return None, path, load_tokenizer(path)
+    base = base or str(read_base(adapter)["path"])
+    own = any((adapter / name).is_file() for name in TOKENIZER_FILES)
+    return adapter, base, load_tokenizer(str(adapter) if own else base)
+
+
+def _check_config(path: str) -> None:
     config = load_config(path)
     if hasattr(config, "encoder") and not config.is_encoder_decoder:
         raise UserError(f"{path} is an encoder alone, which generates nothing. Give a whole encoder-decoder.")
+
+
+def _load_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
+    _check_config(path)
     model = load_whole(path, dtype=dtype)
     try:
         return model.to(device).eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import os
 import re
 import sys
 import time
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from modeling_t5gemma.commands.efficiency import efficiency
-from modeling_t5gemma.efficiency import memory, timing
+from modeling_t5gemma.efficiency import memory, plots, timing
 from modeling_t5gemma.efficiency.accounting import parameters
 from modeling_t5gemma.efficiency.plots import Point, pareto_front
 from modeling_t5gemma.efficiency.timing import Measured, Request, Run, Spread, generate_once
@@ -99,13 +100,60 @@ def test_unknown_devices_are_refused():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_peak_memory_is_seen_though_it_is_freed():
+def test_peak_memory_is_seen_though_it_is_freed(monkeypatch):
+    read, reads = memory._anonymous_bytes, []
+
+    def counted() -> int:
+        reads.append(read())
+        return reads[-1]
+
     def work() -> None:
         held = torch.ones(2**24)  # 64 MiB
-        time.sleep(0.05)
+        enough, patience = len(reads) + 2, time.monotonic() + 60  # the first of two may have begun before
+        while len(reads) < enough and time.monotonic() < patience:
+            time.sleep(0.001)
         del held
 
+    monkeypatch.setattr(memory, "_anonymous_bytes", counted)
     assert 60 * 2**20 < memory.peak_bytes(work, torch.device("cpu")) < 100 * 2**20
+
+
+def test_a_process_that_the_system_ends_is_told():
+    with pytest.raises(UserError, match="ended the process that was measured"):
+        memory.in_own_process(os._exit, 9)
+
+
+def test_an_interruption_does_not_wait_for_the_process(monkeypatch):
+    def interrupted(self, timeout=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("concurrent.futures.Future.result", interrupted)
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        memory.in_own_process(time.sleep, 600)
+    assert time.monotonic() - began < 300
+
+
+FULL = [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_what_does_not_fit_is_told(folder, monkeypatch, error):
+    def full(*arguments):
+        raise error
+
+    monkeypatch.setattr(timing, "generate_once", full)
+    with pytest.raises(UserError, match=r"does not fit into memory with 2 rows of 8 \+ 4 tokens"):
+        timing.times(str(folder / "layerwise"), [Request(2, 8, 4)], timing.Setup("float32", "cpu", 1, False, None))
+
+
+def test_other_failures_are_not_taken_for_full_memory(folder, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    monkeypatch.setattr(timing, "generate_once", broken)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        timing.times(str(folder / "layerwise"), [Request(2, 8, 4)], timing.Setup("float32", "cpu", 1, False, None))
 
 
 # Plots
@@ -189,6 +237,30 @@ def test_calculated_for_what_nobody_can_load(tmp_path):
 def test_mistakes_are_told(arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
         command(*arguments)
+
+
+def test_a_report_has_its_place_before_anything_is_measured(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_t5gemma.commands.efficiency.measure", lambda *_: pytest.fail("measured"))
+    file = tmp_path / "file"
+    file.touch()
+    for place, words in [(file, "is a file. Give a folder"), (file / "x", "cannot be written")]:
+        with pytest.raises(UserError, match=f"--report .*{words}"):
+            command(folder / "layerwise", "--input", "8", "--output", 4, "--report", place)
+
+
+@pytest.mark.needs("matplotlib")
+def test_names_of_points_stay_inside_the_plot(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_png", lambda figure: drawn.append(figure) or b"")
+    corners = [Point(f"a name of {x} and {y}", x, y, x == y) for x in (1.0, 50.0) for y in (0.0, 9.0)]
+    plots.quality_plot(corners, "FLOPs", "quality")
+    (figure,) = drawn
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert len(axes.texts) == 4
+    for text in axes.texts:
+        box = text.get_window_extent()
+        assert axes.bbox.contains(box.x0, box.y0) and axes.bbox.contains(box.x1, box.y1), text.get_text()
 
 
 # benchmarks/splits.py

@@ -191,6 +191,21 @@ def test_bad_arguments(checkpoints, run, arguments, told):
         run(checkpoints("separate", **LONG), *arguments)
 
 
+def test_what_cannot_be_done_is_told_before_the_first_checkpoint_is_scored(checkpoints, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("modeling_t5gemma.commands.evaluate.load_checkpoint", lambda *_, **__: pytest.fail("loaded"))
+    folder, suite = checkpoints("separate", **LONG), ("--suite", "boolq", *SMALL)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(UserError, match="nowhere"):
+        run(folder, "nowhere", *suite)
+    with pytest.raises(UserError, match="no tokenizer that can be loaded"):
+        run(folder, bare, *suite)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--output .*cannot be written"):
+        run(folder, *suite, "--output", tmp_path / "file" / "results")
+
+
 def test_a_checkpoint_without_a_tokenizer(checkpoints, run, tmp_path):
     folder = tmp_path / "bare"
     folder.mkdir()
