@@ -10,7 +10,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_t5gemma.conversion.staging import check_output, staged
+from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
 from modeling_t5gemma.inference.adapters import load_adapter, read_base
 from modeling_t5gemma.post_training.adapters import merge_adapter
 from modeling_t5gemma.training.loading import load_config, loaded
@@ -27,6 +27,7 @@ def merge(
     """Add a LoRA adapter to the weights of its base: a checkpoint like the base's, which needs no peft."""
     check_output(output, overwrite=overwrite)
     path = base or read_base(adapter)["path"]
+    check_apart(output, [adapter, Path(path)])
     auto = AutoModelForSeq2SeqLM if load_config(path).is_encoder_decoder else AutoModelForCausalLM
     disable_progress_bar()
     model = merge_adapter(load_adapter(loaded(auto, path, dtype="auto"), adapter))

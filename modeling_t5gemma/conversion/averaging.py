@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from modeling_t5gemma.conversion.source import read_headers, read_json
-from modeling_t5gemma.conversion.staging import staged
+from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
 from modeling_t5gemma.conversion.streaming import TensorToWrite, write_index, write_safetensors
 from modeling_t5gemma.conversion.tensors import StoredTensor, nbytes, row_ranges
 from modeling_t5gemma.errors import UserError
@@ -42,7 +42,8 @@ def average(
         on_bytes: called with the number of bytes of each piece written.
 
     Raises:
-        UserError: a checkpoint is missing, or they have other tensors, shapes, dtypes or configs than the last.
+        UserError: a checkpoint is missing, or they have other tensors, shapes, dtypes or configs than the last;
+            or ``output`` is in the way, or is or holds one of them.
     """
     if len(checkpoints) < 2 or len(weights) != len(checkpoints):
         raise UserError(
@@ -50,6 +51,8 @@ def average(
         )
     if not math.isclose(sum(weights), 1, abs_tol=1e-6):
         raise UserError(f"The weights {', '.join(map(str, weights))} sum to {sum(weights):g}: make it 1.")
+    check_output(output, overwrite=overwrite)
+    check_apart(output, checkpoints)
     stored = [read_headers(folder) for folder in checkpoints]
     for folder, tensors in zip(checkpoints, stored, strict=True):
         _compare(folder, tensors, checkpoints[-1], stored[-1])

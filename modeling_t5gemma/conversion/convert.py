@@ -17,7 +17,7 @@ from modeling_t5gemma.conversion.documents import write_documents
 from modeling_t5gemma.conversion.options import DTYPES, ConversionOptions
 from modeling_t5gemma.conversion.plan import Constant, Copied, Drawn, Plan, Write, build_plan
 from modeling_t5gemma.conversion.source import Source, resolve_source
-from modeling_t5gemma.conversion.staging import check_output, staged
+from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
 from modeling_t5gemma.conversion.streaming import TensorToWrite, write_index, write_safetensors
 from modeling_t5gemma.conversion.target import Target, build_target
 from modeling_t5gemma.conversion.tensors import constant_chunks, drawn_chunks, repeated_chunks, stored_chunks
@@ -51,9 +51,7 @@ def prepare(options: ConversionOptions, *, dry_run: bool = False) -> Prepared:
     enc = dec if options.enc == options.dec else resolve(options.enc)
     if options.revision is not None and enc.commit is None and dec.commit is None:
         raise UserError(f"--revision is for Hub repositories, but {enc.path} and {dec.path} are here. Leave it out.")
-    for source in (enc, dec):
-        if options.output.expanduser().resolve() == source.folder.resolve():
-            raise UserError(f"--output is the folder of the source {source.path}. Choose another.")
+    check_apart(options.output, [enc.folder, dec.folder])
     check_same_vocabulary(enc, dec)
     target = build_target(enc, dec, options)
     return Prepared(options, target, build_plan(target, DTYPES[options.dtype]))

@@ -13,7 +13,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -79,6 +79,19 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise UserError(f"{output} exists. Choose another --output, or give --overwrite to replace it.")
     if not (output / "config.json").is_file():
         raise UserError(f"{output} is not a checkpoint, so --overwrite leaves it alone. Remove it yourself.")
+
+
+def check_apart(output: Path, sources: Iterable[Path]) -> None:
+    """Refuse an output whose replacement would take what it is made of with it.
+
+    Raises:
+        UserError: it is one of the sources, or holds it.
+    """
+    output = output.expanduser().resolve()
+    for source in sources:
+        found = source.expanduser().resolve()
+        if output == found or output in found.parents:
+            raise UserError(f"--output {output} is or holds {source}, which would be lost. Choose another.")
 
 
 def remove_leftovers(output: Path) -> None:

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
-from ..conversion.staging import check_output, staged
+from ..conversion.staging import check_apart, check_output, staged
 from ..errors import UserError
 from ..inference.adapters import ADAPTER_CONFIG
 from ..inference.loading import load_checkpoint
@@ -107,9 +107,7 @@ def export(
 
 def _check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
     check_output(output, overwrite=overwrite)
-    given, wanted = checkpoint.expanduser().resolve(), output.expanduser().resolve()
-    if wanted == given or wanted in given.parents:
-        raise UserError(f"--output {output} is or holds the checkpoint, which would be lost. Choose another.")
+    check_apart(output, [checkpoint])
     if output.exists() and not (output / RECORD_FILE).is_file():
         raise UserError(f"{output} is no export (it has no {RECORD_FILE}), so --overwrite leaves it alone.")
 

@@ -65,6 +65,17 @@ def test_terms_and_settings_of_the_run_go_with_the_mean(run, tmp_path):
     assert (tmp_path / "mean" / "run.json").read_bytes() == (folder / "run.json").read_bytes()
 
 
+def test_what_it_is_the_mean_of_stays(run):
+    """A finished run has a model of its own beside its checkpoints, which --overwrite would replace."""
+    folder, _ = run
+    shutil.copyfile(folder / "checkpoint-6" / "config.json", folder / "config.json")
+    checkpoints = [folder / "checkpoint-2", folder / "checkpoint-6"]
+    for output in (folder, *checkpoints):
+        with pytest.raises(UserError, match=r"is or holds .*, which would be lost"):
+            average(checkpoints, [0.5, 0.5], output, overwrite=True)
+    assert all((checkpoint / "optimizer.pt").is_file() for checkpoint in checkpoints)
+
+
 def test_a_weighted_merge_of_two(run, tmp_path):
     folder, models = run
     average([folder / "checkpoint-2", folder / "checkpoint-6"], [0.75, 0.25], tmp_path / "merged")

@@ -198,7 +198,7 @@ class TestOutput:
 
     def test_the_sources_own_folder(self, sources, copy_of, refused):
         source = copy_of(sources("gemma2"), "output")
-        refused("folder of the source", source, None, "--overwrite")
+        refused("is or holds .*output, which would be lost", source, None, "--overwrite")
         assert (source / "model.safetensors").exists()
 
     def test_a_place_that_cannot_be(self, sources, tmp_path, refused):

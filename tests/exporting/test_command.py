@@ -122,7 +122,7 @@ def test_the_checkpoint_itself_is_never_replaced(separate, texts, tmp_path):
     before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     for out in (checkpoint, checkpoint.parent):
         (out / "export.json").write_text("{}")
-        with pytest.raises(UserError, match=r"the checkpoint, which would be lost"):
+        with pytest.raises(UserError, match=r"is or holds .*checkpoint-10, which would be lost"):
             command(checkpoint, "--format", "ctranslate2", "--output", out, "--texts", texts, "--overwrite")
     (checkpoint / "export.json").unlink()
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before

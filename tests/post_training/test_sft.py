@@ -203,6 +203,8 @@ def test_a_merged_adapter_computes_the_same_without_peft(tmp_path, kind):
     result = CliRunner().invoke(COMMAND, [str(folder), "--output", str(tmp_path / "merged")])
     assert result.exit_code == 0, result.output
     assert weights(tmp_path / "merged") == weights(tmp_path / kind)
+    lost = CliRunner().invoke(COMMAND, [str(folder), "--output", str(tmp_path / kind), "--overwrite"])
+    assert isinstance(lost.exception, UserError) and "which would be lost" in str(lost.exception)
     assert (tmp_path / "merged" / "NOTICE").read_text() == "of the base"
     ids = tiny.tokens(2, 9)
     inputs = {"input_ids": ids} if kind == "decoder-only" else {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
