@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+PATIENCE = 1.0  # seconds
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -35,11 +37,11 @@ def faster_precision(device: torch.device) -> Precision:
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Seconds of the fastest of some matrix products, after one that warms up."""
+    """Seconds of the fastest of some matrix products. The first one warms up; where it alone takes longer than that
+    could, it is enough: without instructions for bfloat16 it takes a second or more."""
     a, b = torch.ones(512, 640, dtype=dtype), torch.ones(640, 2048, dtype=dtype)
-    a @ b
-    seconds = []
-    for _ in range(8):
+    seconds: list[float] = []
+    while len(seconds) < 9 and sum(seconds) < PATIENCE:
         begin = time.perf_counter()
         a @ b
         seconds.append(time.perf_counter() - begin)
