@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .parts import part_of
+from .precision import fastest_seconds
 
 
 class Meter:
@@ -84,14 +85,13 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a square matrix product, the best of some."""
     size = 1024 if device.type == "cpu" else 8192
     a = torch.ones(size, size, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(6):
-        _wait(device)
-        begin = time.perf_counter()
+
+    def multiply() -> None:
         a @ a
         _wait(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2 * size**3 / best
+
+    _wait(device)
+    return 2 * size**3 / fastest_seconds(multiply)
 
 
 def _wait(device: Any) -> None:

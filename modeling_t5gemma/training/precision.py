@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
+REPEATS = 6
 PATIENCE = 1.0  # seconds
 
 
@@ -36,13 +38,17 @@ def faster_precision(device: torch.device) -> Precision:
     return Precision(min(times, key=times.__getitem__))
 
 
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Seconds of the fastest of some matrix products. The first one warms up; where it alone takes longer than that
-    could, it is enough: without instructions for bfloat16 it takes a second or more."""
-    a, b = torch.ones(512, 640, dtype=dtype), torch.ones(640, 2048, dtype=dtype)
+def fastest_seconds(work: Callable[[], object]) -> float:
+    """The fastest of several calls. The first one warms up; where it alone takes longer than that could, it is enough:
+    without instructions for bfloat16, a product takes seconds."""
     seconds: list[float] = []
-    while len(seconds) < 9 and sum(seconds) < PATIENCE:
+    while len(seconds) < REPEATS and sum(seconds) < PATIENCE:
         begin = time.perf_counter()
-        a @ b
+        work()
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    a, b = torch.ones(512, 640, dtype=dtype), torch.ones(640, 2048, dtype=dtype)
+    return fastest_seconds(lambda: a @ b)
