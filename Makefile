@@ -56,7 +56,8 @@ $(VENV)/.created $(FLOOR)/.created:
 	@touch $@
 
 # A stamp is named for the extra it stands for. -qq leaves errors visible.
-INSTALL = $(@D)/bin/python -m pip install -qq --disable-pip-version-check
+# Bytecode is left to those who import it: making all of it takes as long as the rest.
+INSTALL = $(@D)/bin/python -m pip install -qq --no-compile --disable-pip-version-check
 
 $(VENV)/.dev $(VENV)/.demo: setup.cfg pyproject.toml constraints.txt | $(VENV)/.created
 	$(INSTALL) -c constraints.txt -e '.[$(@F:.%=%)]'
