@@ -68,9 +68,9 @@ def efficiency(
     if not calculated:
         check_device(device)
     if report is not None:
-        make_folder("--report", report)
         if scores or not calculated:
             check_matplotlib()
+        make_folder("--report", report)
     bytes_per_value = getattr(torch, dtype).itemsize
     entries = []
     for label, path in labels.items():

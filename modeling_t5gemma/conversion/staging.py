@@ -84,13 +84,16 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 def check_apart(output: Path, sources: Iterable[Path]) -> None:
     """Refuse an output whose replacement would take what it is made of with it.
 
+    Args:
+        sources: paths; one that is not here, as a repository on the Hub, cannot be lost.
+
     Raises:
         UserError: it is one of the sources, or holds it.
     """
     output = output.expanduser().resolve()
     for source in sources:
         found = source.expanduser().resolve()
-        if output == found or output in found.parents:
+        if found.exists() and (output == found or output in found.parents):
             raise UserError(f"--output {output} is or holds {source}, which would be lost. Choose another.")
 
 

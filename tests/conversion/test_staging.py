@@ -102,6 +102,20 @@ def test_killed_while_overwriting(sources, tmp_path):
     assert seen == {True, False}
 
 
+def test_only_what_is_here_can_be_lost(tmp_path, monkeypatch):
+    """A model on the Hub has a name like a path; an output may have the same one."""
+    monkeypatch.chdir(tmp_path)
+    source = Path("google") / "gemma"
+    for output in (source, source.parent):
+        staging.check_apart(output, [source])
+    source.mkdir(parents=True)
+    for output in (source, source.parent):
+        with pytest.raises(UserError, match="would be lost"):
+            staging.check_apart(output, [source])
+    staging.check_apart(source / "output", [source])
+    staging.check_apart(Path("google") / "other", [source])
+
+
 def test_a_file_system_that_cannot_exchange(tmp_path, monkeypatch):
     """Two renames, and what a kill between them leaves is put back."""
     monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
