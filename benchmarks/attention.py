@@ -31,7 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._memory import in_own_process, peak_of
+from modeling_t5gemma.efficiency.memory import in_own_process, peak_bytes
 
 VOCABULARY = 4096
 MEMORY_TARGET, TIME_TARGET, BFLOAT16_TIME_TARGET = 0.25, 0.8, 1.0
@@ -104,7 +104,7 @@ def memory_here(setup: Setup, case: Case, tokens: int) -> int:
     encoder = setup.encoder(case)
     step(encoder, 16)  # what the first pass loads is no part of the answer
     encoder.zero_grad(set_to_none=True)
-    return peak_of(lambda: step(encoder, tokens))
+    return peak_bytes(lambda: step(encoder, tokens))
 
 
 def product_rate(setup: Setup, tokens: int, clock: Callable[[], float]) -> float:
@@ -149,7 +149,7 @@ def table(
 ) -> tuple[dict, dict]:
     """Prints and returns seconds and bytes by case."""
     seconds = times(setup, cases, tokens, repeats, clock)
-    peaks = {case: in_own_process(memory_here, setup, case, tokens) for case in cases}
+    peaks = {case: in_own_process(memory_here, setup, case, tokens, for_memory=True) for case in cases}
     print(f"\n{tokens} tokens, {str(setup.dtype).removeprefix('torch.')}, load {os.getloadavg()[0]:.1f}")
     print(f"  {'':28}{'seconds':>9}{'of stock':>10}{'of floor':>10}{'extra MiB':>11}{'of stock':>10}{'KiB/token':>11}")
     for case in cases:

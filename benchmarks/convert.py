@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -20,11 +19,14 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from modeling_t5gemma.conversion.convert import carry_out, prepare
+from modeling_t5gemma.conversion.options import ConversionOptions
+from modeling_t5gemma.efficiency.memory import in_own_process, peak_bytes
 
 WIDTH, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 2304, 9216, 8, 4, 256, 256000
 
@@ -66,42 +68,25 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
     return end
 
 
-def anonymous_bytes() -> int:
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-
-
-def convert(source: Path, output: Path, options: dict[str, str], results: multiprocessing.Queue) -> None:
-    """Convert in a process of its own; put (seconds, peak of anonymous bytes above the imports, bytes written)."""
-    from modeling_t5gemma.conversion.convert import carry_out, prepare
-    from modeling_t5gemma.conversion.options import ConversionOptions
-
-    before, peak, done = anonymous_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, anonymous_bytes() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    start = time.perf_counter()
-    prepared = prepare(ConversionOptions(str(source), str(source), output, **options))
-    carry_out(prepared)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
-    results.put((seconds, peak, prepared.plan.nbytes))
-
-
 def timed_convert(source: Path, output: Path, options: dict[str, str]) -> tuple[float, int, int]:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=convert, args=(source, output, options, results))
-    process.start()
-    result = results.get()
-    process.join()
+    """Seconds, the peak of anonymous bytes above the imports, and bytes written, in a process of its own."""
+    result = in_own_process(convert, source, output, options)
     shutil.rmtree(output)
     return result
+
+
+def convert(source: Path, output: Path, options: dict[str, str]) -> tuple[float, int, int]:
+    took, written = [], []
+
+    def work() -> None:
+        begin = time.perf_counter()
+        prepared = prepare(ConversionOptions(str(source), str(source), output, **options))
+        carry_out(prepared)
+        took.append(time.perf_counter() - begin)
+        written.append(prepared.plan.nbytes)
+
+    peak = peak_bytes(work)
+    return took[0], peak, written[0]
 
 
 def timed_cp(source: Path, output: Path) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._memory import in_own_process, peak_of
+from modeling_t5gemma.efficiency.memory import in_own_process, peak_bytes
 
 SOFTCAP = 30.0
 PRODUCTS = {"cross-entropy": 3, "distillation": 4}
@@ -90,7 +90,7 @@ def extra_memory_here(arguments: tuple, way: str, threads: int) -> int:
     small = Case(arguments[0], 64, 32, 8, arguments[4])
     getattr(small, way)()  # what the first pass loads is no part of the answer
     case = Case(*arguments)
-    return peak_of(getattr(case, way)) - case.gradient_bytes()
+    return peak_bytes(getattr(case, way)) - case.gradient_bytes()
 
 
 def seconds(work: Callable[[], None]) -> float:
@@ -132,7 +132,8 @@ def main() -> None:
                 arguments = (loss, given.words, width, given.targets, dtype)
                 took = times(Case(*arguments), given.repeats)
                 memory = {
-                    way: in_own_process(extra_memory_here, arguments, way, given.threads) for way in ("dense", "ours")
+                    way: in_own_process(extra_memory_here, arguments, way, given.threads, for_memory=True)
+                    for way in ("dense", "ours")
                 }
                 print(f"\n{loss}, width {width}, {name}: floor ({PRODUCTS[loss]} products) {took['floor']:.2f} s")
                 for way in ("dense", "ours"):

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks._memory import in_own_process, peak_of
+from modeling_t5gemma.efficiency.memory import in_own_process, peak_bytes
 
 MEMORY_TARGET = 0.25
 TIME_TARGETS = {"float32": 0.9, "bfloat16": 0.7}
@@ -109,7 +109,7 @@ def extra_memory_here(arguments: tuple, threads: int) -> int:
     torch.set_num_threads(threads)
     step = Step(*arguments)
     step()
-    return peak_of(step)
+    return peak_bytes(step)
 
 
 def verdict(value: float, target: float) -> str:
@@ -140,7 +140,9 @@ def main() -> None:
                 measured[way].append(time.perf_counter() - begin)
         seconds = {way: statistics.median(values) for way, values in measured.items()}
         del steps, step
-        memory = {way: in_own_process(extra_memory_here, (way, *rest), given.threads) for way in seconds}
+        memory = {
+            way: in_own_process(extra_memory_here, (way, *rest), given.threads, for_memory=True) for way in seconds
+        }
         print(f"\n{given.preset}-{given.preset}, {name}, batch {given.batch} of {given.half} + {given.half} tokens")
         for way in seconds:
             print(f"  {way:6}{seconds[way]:8.2f} s a step{memory[way] / 2**20:8.0f} MiB extra, loss {losses[way]:.5f}")

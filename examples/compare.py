@@ -20,15 +20,11 @@ The table is printed and written as ``compared.md``, everything as ``compared.js
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
@@ -42,6 +38,7 @@ from tqdm import tqdm
 
 import modeling_t5gemma  # noqa: F401  # registers the models with the Auto classes
 from modeling_t5gemma.cli import run
+from modeling_t5gemma.efficiency.memory import in_own_process, peak_bytes
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.inference.batching import generate_ids
 from modeling_t5gemma.post_training.encoding import Example
@@ -184,9 +181,8 @@ def measured(folder: str, setup: Setup, file: Path) -> dict[str, Any]:
     identity = {"checkpoint": folder, "setup": asdict(setup), "weights": _weights(folder)}
     if file.exists() and (held := json.loads(file.read_text()))["identity"] == identity:
         return dict(held)
-    result = {"identity": identity, **_in_own_process(answer_and_time, folder, setup)}
-    with _freed_memory_given_back():
-        result["working_bytes"] = _in_own_process(working_bytes, folder, setup)
+    result = {"identity": identity, **in_own_process(answer_and_time, folder, setup)}
+    result["working_bytes"] = in_own_process(working_bytes, folder, setup, for_memory=True)
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(partial, file)
@@ -237,42 +233,7 @@ def working_bytes(folder: str, setup: Setup) -> int:
     """The peak of anonymous memory above that of the loaded model, while the longest questions are answered."""
     asked = Asked.of(folder, setup)
     longest = sorted(asked.sources, key=len)[-setup.batch_size :]
-    before, peak, done = _anonymous_bytes(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, _anonymous_bytes() - before)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        asked.answer(longest, setup.batch_size, max_new_tokens=setup.max_target)
-    finally:
-        done.set()
-        watcher.join()
-    return peak
-
-
-def _anonymous_bytes() -> int:
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-
-
-@contextmanager
-def _freed_memory_given_back() -> Iterator[None]:
-    """New processes give freed memory back at once, so that their peak is what they need."""
-    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-    os.environ.update(dict.fromkeys(names, str(2**20)))
-    try:
-        yield
-    finally:
-        for name in names:
-            del os.environ[name]
-
-
-def _in_own_process(function: Callable[[str, Setup], Any], folder: str, setup: Setup) -> Any:
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, folder, setup).result()
+    return peak_bytes(lambda: asked.answer(longest, setup.batch_size, max_new_tokens=setup.max_target))
 
 
 def _weights(folder: str) -> list[list[Any]]:

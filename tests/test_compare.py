@@ -81,11 +81,11 @@ def test_answers_are_those_of_generate_one_by_one(script, folder):
 def test_everything_is_measured_once(script, folder, tmp_path, monkeypatch, capsys):
     called: list[tuple[str, str]] = []
 
-    def here(function, *arguments):
+    def here(function, *arguments, for_memory=False):
         called.append((function.__name__, Path(arguments[0]).name))
         return function(*arguments)
 
-    monkeypatch.setattr(script, "_in_own_process", here)
+    monkeypatch.setattr(script, "in_own_process", here)
     given = dict(limit=5, max_source=64, max_target=6, batch_size=3, timed=2, new_tokens=4, output=tmp_path / "out")
     models = [f"enc-dec={folder / 'ed'}", f"dec={folder / 'do'}", f"enc-dec={folder / 'separate'}"]
     test = str(folder / "test.jsonl")

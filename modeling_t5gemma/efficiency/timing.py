@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..errors import UserError
 from ..training.loading import load_model
 from ..training.settings import ModelSettings
-from .memory import freed_memory_given_back, in_own_process, peak_bytes
+from .memory import in_own_process, peak_bytes
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,7 @@ def measure(path: str, requests: Sequence[Request], setup: Setup) -> list[Measur
     runs = in_own_process(times, path, requests, setup)
     peaks: list[int | None] = [None] * len(requests)
     if setup.memory:
-        with freed_memory_given_back():
-            peaks = list(in_own_process(peaks_of, path, requests, setup))
+        peaks = list(in_own_process(peaks_of, path, requests, setup, for_memory=True))
     return [Measured.of(*each) for each in zip(requests, runs, peaks, strict=True)]
 
 
