@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -198,6 +199,33 @@ def test_hub_file_imports_hub_files_alone(name: str):
         elif isinstance(node, ast.Import):
             named = {alias.name.split(".")[0] for alias in node.names}
             assert PACKAGE.name not in named, f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def test_trainers_keep_to_the_public_names_of_transformers():
+    from transformers import Seq2SeqTrainer
+
+    def own(name: str) -> bool:
+        return name.startswith("_") and not name.startswith("__")
+
+    def written(kind: type) -> set[str]:
+        """Private names that a class defines, or that it reads or writes of anything."""
+        nodes = list(ast.walk(ast.parse(inspect.getsource(kind))))
+        defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+        return {name for name in defined | {n.attr for n in nodes if isinstance(n, ast.Attribute)} if own(name)}
+
+    theirs = set().union(*(written(kind) for kind in Seq2SeqTrainer.__mro__[:-1]))
+    modules = "training.trainer", "post_training.sft", "post_training.dpo", "post_training.grpo", "superglue.trainer"
+    kinds = {
+        kind
+        for name in modules
+        for found in vars(importlib.import_module(f"modeling_t5gemma.{name}")).values()
+        if isinstance(found, type) and issubclass(found, Seq2SeqTrainer)
+        for kind in found.__mro__
+        if kind.__module__.startswith("modeling_t5gemma.")
+    }
+    assert len(kinds) >= 10 and "_save_checkpoint" in theirs
+    for kind in kinds:
+        assert not written(kind) & theirs, kind
 
 
 # The tests' own surroundings

@@ -724,7 +724,7 @@ def test_a_failed_write_leaves_the_old_sentinels(tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(o.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError):
         o.save_sentinels(tmp_path, (9, 10))
     assert o.load_sentinels(tmp_path) == (7, 8)

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import torch
+from accelerate.utils import send_to_device
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments
@@ -222,7 +223,7 @@ class DpoTrainer(TunedTrainer):
         sums: dict[str, float] = {}
         with torch.no_grad(), evaluating(model), self.accelerator.autocast():
             for begin in range(0, len(pairs), size):
-                batch = self._prepare_inputs(self._collate(pairs[begin : begin + size]))
+                batch = send_to_device(self._collate(pairs[begin : begin + size]), self.args.device)
                 losses, facts = self._measured(model, batch)
                 for name, values in {"loss": losses, **facts}.items():
                     sums[name] = sums.get(name, 0.0) + values.double().sum().item()
@@ -312,7 +313,7 @@ class DpoTrainer(TunedTrainer):
         quiet = self.args.disable_tqdm or not self.is_world_process_zero()
         with torch.no_grad(), evaluating(model), self.accelerator.autocast():
             for numbers in tqdm(mine, desc="Reference log-probabilities", unit="batch", leave=False, disable=quiet):
-                batch = self._prepare_inputs(self._collate([pairs[n] for n in numbers]))
+                batch = send_to_device(self._collate([pairs[n] for n in numbers]), self.args.device)
                 table[numbers] = _of_answers(log_probabilities(model, batch))
         return torch.as_tensor(self.accelerator.reduce(table, reduction="sum")).cpu().numpy()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -213,7 +213,10 @@ class GrpoTrainer(TunedTrainer):
     ) -> tuple[list[MicroBatch], torch.Tensor]:
         """The micro-batches of a step, answers sampled and scored, and how many tokens they train on on all ranks."""
         if self.state.global_step % self.settings.num_iterations == 0:
-            self._kept = self._rollouts(list(itertools.islice(epoch_iterator, num_batches)))
+            made = self._rollouts(list(itertools.islice(epoch_iterator, num_batches)))
+            if made is None:
+                return [], torch.tensor(0)
+            self._kept = made
         if len(self._kept) != num_batches:
             raise UserError(
                 f"The checkpoint has answers for {len(self._kept)} micro-batches and a step has {num_batches}: go on "
@@ -275,13 +278,15 @@ class GrpoTrainer(TunedTrainer):
 
     # Answers
 
-    def _rollouts(self, batches: Sequence[dict[str, Any]]) -> list[MicroBatch]:
-        """Sample answers to the prompts of a step, score them, and make micro-batches of them."""
+    def _rollouts(self, batches: Sequence[dict[str, Any]]) -> list[MicroBatch] | None:
+        """Sample answers to the prompts of a step, score them, and make micro-batches of them; None as ``_scores``."""
         answers = [
             self._sample(batch["prompts"], self._sampling, (self._seed, batch["position"], self.args.process_index))
             for batch in batches
         ]
-        tables = self._or_saved(lambda: [self._score(batch["prompts"], own) for batch, own in zip(batches, answers)])
+        tables = self._scores([batch["prompts"] for batch in batches], answers)
+        if tables is None:
+            return None
         gains = self._advantages(np.concatenate(tables), answers)
         made, begin = [], 0
         for slot, (batch, own) in enumerate(zip(batches, answers)):
@@ -315,24 +320,23 @@ class GrpoTrainer(TunedTrainer):
             self.state,
         )
 
-    def _or_saved(self, score: Callable[[], Tables]) -> Tables:
-        """What the reward functions give. They are the user's: where one fails on any rank, the steps done so far are
-        saved before the run ends.
+    def _scores(self, prompts: Sequence[Sequence[Prompt]], answers: Sequence[Answers]) -> Tables | None:
+        """``_score`` of several; None where a reward function failed on any rank, and the run ends for it. They are
+        the user's.
 
         Raises:
-            UserError: as ``rewards.score``; says what is saved.
+            UserError: as ``rewards.score``, where there are no steps to save first.
         """
         found: Tables = []
         failed: UserError | None = None
         try:
-            found = score()
+            found = [self._score(some, own) for some, own in zip(prompts, answers, strict=True)]
         except UserError as error:
             failed = error
-        if not self._any_rank(failed is not None):
-            return found
-        saved = self.save_between_steps()
-        told = "The same command begins anew." if saved is None else f"The same command goes on from {saved}."
-        raise UserError(f"{failed or 'A reward failed in another process.'} {told}") from failed
+        if self._any_rank(failed is not None):
+            self.end_for(failed or UserError("A reward failed in another process."))
+            return None
+        return found
 
     def _advantages(self, table: npt.NDArray[np.float64], answers: Sequence[Answers]) -> torch.Tensor:
         """Of this rank's answers, float32 on the CPU, and the facts of the step over all ranks."""
@@ -370,10 +374,8 @@ class GrpoTrainer(TunedTrainer):
 
     # Answers that several steps learn from are part of a checkpoint
 
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def add_to_checkpoint(self, checkpoint: Path) -> None:
         if self.state.global_step % self.settings.num_iterations:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             tensors = {
                 f"{slot}.{name}": value.contiguous()
                 for slot, batch in enumerate(self._kept)
@@ -381,7 +383,7 @@ class GrpoTrainer(TunedTrainer):
                 if isinstance(value, torch.Tensor)
             }
             rest = [{name: batch[name] for name in ("slot", "position", "where")} for batch in self._kept]
-            save_file(tensors, folder / self._kept_name(), {"rest": json.dumps(rest)})
+            save_file(tensors, checkpoint / self._kept_name(), {"rest": json.dumps(rest)})
 
     def _load_kept(self, checkpoint: Path) -> None:
         if step_of(checkpoint) % self.settings.num_iterations == 0:
@@ -417,7 +419,10 @@ class GrpoTrainer(TunedTrainer):
         one = Sampling(1, how.max_completion_length, how.temperature, how.top_p, how.ends)
         parts = [prompts[begin : begin + size] for begin in range(0, len(prompts), size)]
         answers = [self._sample(some, one, None) for some in parts]
-        table = np.concatenate(self._or_saved(lambda: [self._score(some, own) for some, own in zip(parts, answers)]))
+        tables = self._scores(parts, answers)
+        if tables is None:
+            return {}
+        table = np.concatenate(tables)
         lengths = [len(ids) for own in answers for ids in own.ids]
         finished = [each for own in answers for each in own.finished]
         rewards = weighted(table, self.rewards)

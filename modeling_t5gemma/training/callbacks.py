@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..errors import UserError
 from ..objectives import SENTINELS_FILE
 from .checkpoints import complete, keep_last
 
@@ -22,22 +23,82 @@ class CompleteCheckpoints(TrainerCallback):
         keep: how many stay; None for all.
         everyone: waits for all ranks.
         state: what a complete checkpoint knows beside what the Trainer saves.
+        add: saves, on every rank, what it needs beside that.
     """
 
-    def __init__(self, keep: int | None, everyone: Callable[[], None], state: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        keep: int | None,
+        everyone: Callable[[], None],
+        state: Callable[[], dict[str, Any]],
+        add: Callable[[Path], None],
+    ) -> None:
         self.keep = keep
         self.everyone = everyone
         self.state = state
+        self.add = add
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        output = Path(args.output_dir)
+        checkpoint = output / f"checkpoint-{state.global_step}"
+        self.add(checkpoint)
         self.everyone()
         if state.is_world_process_zero:
-            output = Path(args.output_dir)
-            checkpoint = output / f"checkpoint-{state.global_step}"
             if (output / SENTINELS_FILE).exists():
                 shutil.copyfile(output / SENTINELS_FILE, checkpoint / SENTINELS_FILE)
             complete(checkpoint, self.state())
             keep_last(output, self.keep)
+
+
+class RatesOfSettings(TrainerCallback):
+    """A resumed run goes on with the learning rates of its settings: the checkpoint's would go on in silence where it
+    is continued with lower ones.
+
+    Args:
+        rates: the peak of each parameter group, as the scheduler was made with it.
+    """
+
+    def __init__(self, rates: Callable[[], list[float]]) -> None:
+        self.rates = rates
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        wanted, held = self.rates(), list(getattr(lr_scheduler, "base_lrs", ()))
+        if held == wanted:
+            return
+        lr_scheduler.base_lrs = wanted
+        for group, rate, before in zip(optimizer.param_groups, wanted, held, strict=True):
+            group["initial_lr"] = rate
+            group["lr"] *= rate / before if before else 1.0
+
+
+class EndOnError(TrainerCallback):
+    """A run that ends for an error ends with a checkpoint.
+
+    Args:
+        saved: whether the last checkpoint has all steps.
+
+    Attributes:
+        error: what ends the run.
+    """
+
+    def __init__(self, saved: Callable[[], bool]) -> None:
+        self.saved = saved
+        self.error: UserError | None = None
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.error is not None:
+            control.should_save = not self.saved()
+            control.should_evaluate = False
 
 
 class EndOnSignal(TrainerCallback):

@@ -23,7 +23,7 @@ from transformers import (
 
 from ..errors import UserError
 from ..losses import IGNORED
-from .callbacks import CompleteCheckpoints, EndOnSignal, Progress
+from .callbacks import CompleteCheckpoints, EndOnError, EndOnSignal, Progress, RatesOfSettings
 from .checkpoints import find, read_state, step_of
 from .curves import Curves, Panel
 from .meter import Meter
@@ -104,14 +104,20 @@ class ResumableTrainer(Seq2SeqTrainer):
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         self.meter = Meter(model, teacher, dtype)
         self._parts: dict[str, torch.Tensor] = {}
+        self._rates: list[float] = []
         self.signals = EndOnSignal(self._any_rank)
+        self._failure = EndOnError(self._saved)
         for theirs in (PrinterCallback, ProgressCallback):
             self.remove_callback(theirs)
         self._progress = Progress(self.told)
         for callback in (
             self._progress,
-            CompleteCheckpoints(keep, self.accelerator.wait_for_everyone, lambda: {"position": self._position}),
+            CompleteCheckpoints(
+                keep, self.accelerator.wait_for_everyone, lambda: {"position": self._position}, self.add_to_checkpoint
+            ),
+            RatesOfSettings(lambda: self._rates),
             self.signals,
+            self._failure,
             Curves(self.summary, self.panels),
         ):
             self.add_callback(callback)
@@ -135,17 +141,21 @@ class ResumableTrainer(Seq2SeqTrainer):
         """A line about an evaluation, for the screen."""
         return f"held-out loss {metrics['eval_loss']:.3f}" if "eval_loss" in metrics else None
 
-    def save_between_steps(self) -> Path | None:
-        """Make a checkpoint of the steps done so far, unless there is one, for a run that is about to end.
+    def add_to_checkpoint(self, checkpoint: Path) -> None:
+        """Save, on every rank, what a checkpoint needs beside what the Trainer saves."""
 
-        Returns:
-            The last complete checkpoint; None where there is none, as before the first step.
+    def end_for(self, error: UserError) -> None:
+        """End the run for an error between two steps, with the steps done so far saved. Called on all ranks. ``train``
+        raises the error, saying what is saved; until then, the caller returns as if there was no more to do.
+
+        Raises:
+            UserError: the error, where there is nothing to save.
         """
-        last, step = self._last(), self.state.global_step
-        if self.is_in_train and step and (last is None or step_of(last) != step):
-            self._save_checkpoint(self.model_wrapped, trial=None)
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        return self._last()
+        if not self.is_in_train or self._saved():
+            raise self._with_way_on(error)
+        self._failure.error = error
+        self.control.should_evaluate = False
+        self.control.should_training_stop = True
 
     def panels(self) -> list[Panel]:
         """What ``curves.png`` shows."""
@@ -162,7 +172,8 @@ class ResumableTrainer(Seq2SeqTrainer):
         """As the Trainer's; True goes on from the last complete checkpoint, if there is one.
 
         Raises:
-            UserError: the named checkpoint is not complete, or there is no room for a new one.
+            UserError: the named checkpoint is not complete, there is no room for a new one, or the run was ended for
+                an error (``end_for``).
             NonFiniteLoss: with the step, the samples and the last good checkpoint.
         """
         if resume_from_checkpoint is True:
@@ -170,8 +181,9 @@ class ResumableTrainer(Seq2SeqTrainer):
             resume_from_checkpoint = None if last is None else str(last)
         if resume_from_checkpoint:
             self._position = int(read_state(Path(resume_from_checkpoint))["position"])
+        self._failure.error = None
         try:
-            return super().train(resume_from_checkpoint or None, **kwargs)
+            result = super().train(resume_from_checkpoint or None, **kwargs)
         except (OSError, SafetensorError, RuntimeError) as error:
             if not _is_full(error):
                 raise
@@ -182,13 +194,15 @@ class ResumableTrainer(Seq2SeqTrainer):
         finally:
             self.signals.release()
             self._progress.close()
+        if self._failure.error is not None:
+            raise self._with_way_on(self._failure.error)
+        return result
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As the Trainer's, unless every step was done before a kill: it would do one more."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, but one epoch, as rows don't end: where every step was done before a kill, the next epoch
+        would do one more."""
+        _, *others = super().set_initial_training_values(*args, **kwargs)
+        return 1, *others
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -202,6 +216,11 @@ class ResumableTrainer(Seq2SeqTrainer):
         except ImportError as error:
             raise UserError(f"training.optim is {args.optim.value}: {error}. Or take another.") from error
         return found
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self._rates = list(getattr(scheduler, "base_lrs", ()))
+        return scheduler
 
     def get_train_dataloader(self) -> Any:
         return self._batches(self._position)
@@ -225,19 +244,6 @@ class ResumableTrainer(Seq2SeqTrainer):
         self._position = position
         return loss
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As the Trainer's, but for the learning rate, which stays that of the settings: the checkpoint's would go on
-        in silence where a run is continued with a lower one."""
-        wanted = list(getattr(self.lr_scheduler, "base_lrs", ()))
-        super()._load_optimizer_and_scheduler(checkpoint)
-        held = list(getattr(self.lr_scheduler, "base_lrs", ()))
-        if held == wanted:
-            return
-        self.lr_scheduler.base_lrs = wanted
-        for group, rate, before in zip(self.optimizer.param_groups, wanted, held, strict=True):
-            group["initial_lr"] = rate
-            group["lr"] *= rate / before if before else 1.0
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts:
             steps = max(1, self.state.global_step - self._last_logged())
@@ -260,6 +266,19 @@ class ResumableTrainer(Seq2SeqTrainer):
             f"{', '.join(self._where[:16])}. The last good checkpoint: {self._last() or 'none yet'}. Look at these "
             "examples, or lower the learning rate."
         )
+
+    def _saved(self) -> bool:
+        """Whether there is nothing that a checkpoint would add to the last one. Asked on all ranks."""
+        self.accelerator.wait_for_everyone()  # the first may still be completing it
+        last, step = self._last(), self.state.global_step
+        return not step or (last is not None and step_of(last) == step)
+
+    def _with_way_on(self, error: UserError) -> UserError:
+        last = self._last()
+        told = "The same command begins anew." if last is None else f"The same command goes on from {last}."
+        ended = type(error)(f"{error} {told}")
+        ended.__cause__ = error
+        return ended
 
     def _last(self) -> Path | None:
         return find(Path(self.args.output_dir)).last

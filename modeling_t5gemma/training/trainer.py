@@ -178,23 +178,21 @@ class AdaptationTrainer(ResumableTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The configured schedule for cross-attention; for the rest the same, risen from 0 after it was alone."""
-        if self.lr_scheduler is None:
-            optimizer = optimizer or self.optimizer
-            shape = _shape(self.args, num_training_steps)
-            recipe = self.recipe
+        shape = _shape(self.args, num_training_steps)
+        recipe = self.recipe
 
-            def joining(step: int) -> float:
-                if step < recipe.alone:
-                    return 0.0
-                return shape(step) * min(1.0, (step - recipe.alone + 1) / max(1, recipe.joining))
+        def joining(step: int) -> float:
+            if step < recipe.alone:
+                return 0.0
+            return shape(step) * min(1.0, (step - recipe.alone + 1) / max(1, recipe.joining))
 
-            late = joining if recipe.alone else shape
-            self.lr_scheduler = LambdaLR(
-                optimizer,
-                [shape if group["part"] == "cross_attention" else late for group in optimizer.param_groups],
-            )
-            self._created_lr_scheduler = True
-        return self.lr_scheduler
+        late = joining if recipe.alone else shape
+        optimizer = optimizer or self.optimizer
+        self.lr_scheduler = LambdaLR(
+            optimizer,
+            [shape if group["part"] == "cross_attention" else late for group in optimizer.param_groups],
+        )
+        return super().create_scheduler(num_training_steps, optimizer)
 
     # Measuring
 
