@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's, passed on
     GatedRepoError,
     HfHubHTTPError,
@@ -51,7 +51,14 @@ def download(repo: str, revision: str | None, *, weights: bool = True) -> tuple[
     ignored = None if weights else ["*.safetensors"]
     with _explained(repo, revision):
         folder = Path(
-            snapshot_download(repo, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=ignored)
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(_WANTED),
+                ignore_patterns=ignored,
+                # Told to be offline, huggingface_hub 1 still asks for the files of a commit.
+                local_files_only=is_offline_mode(),
+            )
         )
     return folder, folder.name
 

@@ -69,7 +69,7 @@ def _loaded(path: str, what: str, **options: Any) -> Any:
     datasets = import_datasets()
     try:
         return datasets.load_dataset(what, **options)
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, TypeError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
         why = _bad_line(Path(path).expanduser()) or cause or "it has no records."
         raise UserError(f"{path} cannot be read: {why}") from error

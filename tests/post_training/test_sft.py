@@ -209,7 +209,7 @@ def test_a_merged_adapter_computes_the_same_without_peft(tmp_path, kind):
     ids = tiny.tokens(2, 9)
     inputs = {"input_ids": ids} if kind == "decoder-only" else {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
     stock = {"separate": StockT5Gemma, "decoder-only": Gemma3ForCausalLM, "layerwise": AutoModelForSeq2SeqLM}[kind]
-    merged = stock.from_pretrained(tmp_path / "merged").eval()
+    merged = stock.from_pretrained(tmp_path / "merged", attn_implementation="eager").eval()
     base = type(merged).from_pretrained(tmp_path / kind).eval()
     assert merged.config.tie_word_embeddings and merged.generation_config.eos_token_id == [1, 6]
     with torch.no_grad():
