@@ -101,7 +101,7 @@ class T5GemmaTextEncoder(InputModule):
             prompt: stands before each.
             max_length: instead of max_seq_length.
         """
-        texts = [(prompt or "") + text for text in inputs]
+        texts = [prompt + text for text in inputs] if prompt else list(inputs)
         room = (max_length or self.max_seq_length) - len(self._begin)
         rows = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=room)["input_ids"]
         rows = [self._begin + row for row in rows]

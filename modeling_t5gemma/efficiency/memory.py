@@ -38,7 +38,10 @@ def peak_bytes(work: Callable[[], object], device: torch.device = _CPU) -> int:
         work()
         return int(torch.cuda.max_memory_allocated(device)) - before
     if not _STATUS.exists():
-        raise UserError("Peak memory is read from /proc, which this system does not have. Give --no-memory.")
+        raise UserError(
+            "Peak memory is read from /proc, which this system does not have. Leave it out: t5gemma efficiency "
+            "--no-memory."
+        )
     _give_back_freed_memory()
     before, peak, done = _anonymous_bytes(), 0, threading.Event()
 
@@ -104,7 +107,7 @@ def _freed_memory_given_back() -> Iterator[None]:
 
 def _give_back_freed_memory() -> None:
     gc.collect()
-    with suppress(AttributeError):  # other C libraries than glibc keep less, and have no such function
+    with suppress(AttributeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -41,8 +41,6 @@ DENOISERS: Mapping[str, tuple[Mapping[str, Any], ...]] = MappingProxyType(
         "t5": ({"mean_span": 3, "rate": 0.15, "mode": "R"},),
     }
 )
-
-
 PRESETS = ("prefix_lm", *DENOISERS, "bart")
 
 

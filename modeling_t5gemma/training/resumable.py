@@ -269,16 +269,20 @@ class ResumableTrainer(Seq2SeqTrainer):
 
     def _saved(self) -> bool:
         """Whether there is nothing that a checkpoint would add to the last one. Asked on all ranks."""
-        self.accelerator.wait_for_everyone()  # the first may still be completing it
-        last, step = self._last(), self.state.global_step
+        last, step = self._last_of_all(), self.state.global_step
         return not step or (last is not None and step_of(last) == step)
 
     def _with_way_on(self, error: UserError) -> UserError:
-        last = self._last()
+        last = self._last_of_all()
         told = "The same command begins anew." if last is None else f"The same command goes on from {last}."
         ended = type(error)(f"{error} {told}")
         ended.__cause__ = error
         return ended
+
+    def _last_of_all(self) -> Path | None:
+        """The last complete checkpoint, the same on every rank: the first may still be completing it. Asked on all."""
+        self.accelerator.wait_for_everyone()
+        return self._last()
 
     def _last(self) -> Path | None:
         return find(Path(self.args.output_dir)).last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -64,6 +65,13 @@ def test_two_processes_sample_for_themselves_and_learn_together(two):
     assert first["weights"] == second["weights"] and first["loss"] == second["loss"]
     together = np.mean([first["own"], second["own"]], axis=0)
     assert first["reward"] == pytest.approx(together, abs=1e-6) and len(together) == 2
+
+
+def test_a_reward_that_fails_in_one_process_ends_both_with_the_steps_saved(two):
+    first, second = (each["failure"] for each in two)
+    assert first.startswith("A reward failed in another process. ") and second.startswith("The reward brittle raised ")
+    for told in (first, second):
+        assert re.search(r" The same command goes on from \S+checkpoint-2\.$", told), told
 
 
 def test_a_sharded_model_samples_what_the_whole_one_does(two):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.post_training.preferences import collate_answers
 from modeling_t5gemma.post_training.reference import log_probabilities
 from modeling_t5gemma.post_training.rollouts import Sampling, sample
@@ -56,6 +57,25 @@ def with_grpo(output: Path, steps: int, batch: int) -> dict[str, Any]:
     return {**logged, "weights": weights, "own": own, "answers": seen}
 
 
+def with_a_reward_that_fails(output: Path) -> str:
+    """What a run ends with whose reward function fails in the second process, at the third step."""
+    calls: list[int] = []
+
+    def brittle(prompts: list[Any], completions: list[Any], completion_ids: list[Any], **columns: Any) -> list[float]:
+        calls.append(len(completions))
+        if len(calls) == 3 and dist.get_rank() == 1:
+            raise KeyError("answer")
+        return test_grpo.small_words(prompts, completions, completion_ids)
+
+    saves = {"save_strategy": "steps", "save_steps": 100}
+    trainer = first_word.grpo(output, steps=4, batch=2, rewards=(brittle,), training=saves)
+    try:
+        trainer.train()
+    except UserError as error:
+        return str(error)
+    raise AssertionError("it went on")
+
+
 def with_fsdp() -> dict[str, Any]:
     """Sampling from a sharded model, as FSDP2 shards it, which accelerate offers on accelerators only."""
     from torch.distributed.fsdp import fully_shard
@@ -85,6 +105,7 @@ def main() -> None:
     found = {
         "dpo": with_dpo(output / "dpo", 3, 2),
         "grpo": with_grpo(output / "grpo", 4, 2),
+        "failure": with_a_reward_that_fails(output / "failure"),
         "fsdp": with_fsdp(),
     }
     print("FOUND", json.dumps(found))
