@@ -44,7 +44,9 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> Any:
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, str(adapter))
         with safe_open(weights, "pt") as file:
-            strangers = sorted(set(file.keys()) ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
+            # Beside an adapter of an embedding, peft saves the embedding.
+            held = {name for name in file.keys() if ".base_layer." not in name}  # noqa: SIM118
+            strangers = sorted(held ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
     except SafetensorError as error:
         raise UserError(f"{weights} is damaged or cut short ({error}). Save or download it again.") from error
     except (ValueError, RuntimeError) as error:
