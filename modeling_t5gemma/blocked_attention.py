@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .masks import AttentionPattern
+from .masks import AttentionPattern, reach
 
 # What was fastest on a CPU with 1 MiB of level-2 cache a core; results don't depend on it. Whether keys are hidden is
 # found out by the block; a tile takes in a span of blocks.
@@ -171,8 +171,9 @@ def _reach(
     if pattern.causal:
         possible, whole = possible & (k_low <= high), whole & (k_high <= low)
     if pattern.window is not None:
-        possible = possible & (k_low < high + pattern.window) & (k_high > low - pattern.window)
-        whole = whole & (k_low > high - pattern.window) & (k_high < low + pattern.window)
+        far = reach(pattern.window)
+        possible = possible & (k_low <= high + far) & (k_high >= low - far)
+        whole = whole & (k_low >= high - far) & (k_high <= low + far)
     if pattern.query_segments is not None:
         possible = possible & (k_low_segment <= high_segment) & (k_high_segment >= low_segment)
         whole = whole & (k_low_segment == high_segment) & (k_high_segment == low_segment)

@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 )
 
 from .configuration_t5gemma import FULL
+from .masks import reach
 
 KeyValues = tuple[torch.Tensor, torch.Tensor]
 
@@ -120,7 +121,7 @@ class GrowingSlidingLayer(GrowingLayer, DynamicSlidingWindowLayer):
 
     def _keep(self, keys: torch.Tensor, values: torch.Tensor, added: int) -> KeyValues:
         self.cumulative_length += added
-        before = self.sliding_window - 1
+        before = reach(self.sliding_window)
         kept = 0 if self.record_past else max(keys.shape[2] - before, 0)
         seen = max(keys.shape[2] - before - added, 0)
         super()._keep(keys[:, :, kept:], values[:, :, kept:], added)

@@ -17,12 +17,13 @@ from transformers import T5GemmaConfig as StockT5GemmaConfig
 from transformers import T5GemmaModuleConfig as StockT5GemmaModuleConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .cross_attention import KEY_VALUES, kind_of
+
 # A T5GemmaModuleConfig or an AdaptedSeq2SeqModuleConfig. Their fields are Optional until __post_init__ has filled
 # them, which no type checker sees.
 StackConfig: TypeAlias = Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-CROSS_ATTENTION_TYPES = ("separate", "layerwise")
 CLASSIFIER_POOLINGS = ("last", "mean")
 
 # Encoder and decoder stacks, from the released checkpoints; 27b from Gemma 2 27B, which has no T5Gemma release. The
@@ -49,17 +50,6 @@ STACK_PRESETS: dict[str, dict[str, int]] = {
     )
 }
 RELEASED_PAIRS = ("s-s", "b-b", "l-l", "ml-ml", "xl-xl", "2b-2b", "9b-2b", "9b-9b")
-
-# Tensor parallelism: heads and FFN columns are split, outputs summed; cross-attention too, which stock leaves out.
-_TP_PLAN = {
-    f"layers.*.{module}.{projection}": style
-    for module, projections in {
-        "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-        "cross_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-        "mlp": ("gate_proj", "up_proj", "down_proj"),
-    }.items()
-    for projection, style in ((p, "rowwise" if p in ("o_proj", "down_proj") else "colwise") for p in projections)
-}
 
 
 class FamilySwitches(NamedTuple):
@@ -96,22 +86,39 @@ _T5GEMMA_FIXES = frozenset(
         "bidirectional_layers",
         "cross_attention_type",
         "cross_attention_map",
-        "output_key_values",
         "share_embeddings",
         "classifier_pooling",
     }
 )
 
 
+class _Stack:
+    """What the configs of both kinds of stack derive from their fields."""
+
+    @property
+    def base_model_tp_plan(self: Any) -> dict[str, str]:
+        """Tensor parallelism: heads and FFN columns are split, outputs summed; cross-attention too, which stock leaves
+        out, where the stack has it."""
+        attentions = ["self_attn"]
+        if self.is_decoder and kind_of(self).weights:
+            attentions.append("cross_attn")
+        plan = {f"layers.*.{attention}.{p}_proj": "colwise" for attention in attentions for p in "qkv"}
+        plan |= {f"layers.*.{attention}.o_proj": "rowwise" for attention in attentions}
+        plan |= {"layers.*.mlp.gate_proj": "colwise", "layers.*.mlp.up_proj": "colwise"}
+        plan["layers.*.mlp.down_proj"] = "rowwise"
+        if self.qk_norm:
+            norms = {f"layers.*.{attention}.{p}_norm" for attention in attentions for p in "qk"}
+            plan |= dict.fromkeys(sorted(norms), "replicated_with_grad_allreduce")
+        return plan
+
+
 @strict
-class T5GemmaModuleConfig(StockT5GemmaModuleConfig):
+class T5GemmaModuleConfig(_Stack, StockT5GemmaModuleConfig):
     """One stack of a T5Gemma: transformers' own config, which fixes the block to Gemma 2's.
 
     Raises:
         ValueError: a switch of ``AdaptedSeq2SeqModuleConfig`` is given a value that stock T5Gemma would ignore.
     """
-
-    base_model_tp_plan = _TP_PLAN
 
     norm_placement = "pre_post"
     norm_unit_offset = True
@@ -121,7 +128,6 @@ class T5GemmaModuleConfig(StockT5GemmaModuleConfig):
     bidirectional_layers = "all"
     cross_attention_type = "separate"
     cross_attention_map = None
-    output_key_values = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         _refuse_unrepresentable(kwargs)
@@ -129,8 +135,26 @@ class T5GemmaModuleConfig(StockT5GemmaModuleConfig):
         _check_stack(self)
 
 
+class _Pair:
+    """A config around two stacks: what they have from it follows when it is set anew, before a model is built."""
+
+    _PASSED_DOWN = ("dropout_rate", "attention_dropout")
+    _built = False  # only after construction are the stacks this config's own
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if self._built and name in self._PASSED_DOWN:
+            setattr(self.encoder, name, value)  # type: ignore[attr-defined]
+            setattr(self.decoder, name, value)  # type: ignore[attr-defined]
+
+    def to_dict(self) -> dict[str, Any]:
+        fields: dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        fields.pop("_built", None)
+        return fields
+
+
 @strict
-class T5GemmaConfig(StockT5GemmaConfig):
+class T5GemmaConfig(_Pair, StockT5GemmaConfig):
     """An encoder-decoder Gemma as released ("Encoder-Decoder Gemma", arXiv 2504.06225), key for key transformers' own.
 
     Raises:
@@ -147,6 +171,7 @@ class T5GemmaConfig(StockT5GemmaConfig):
 
     share_embeddings = False
     cross_attention_type = "separate"
+    cross_attention_map = None
     classifier_pooling = "last"
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -156,6 +181,7 @@ class T5GemmaConfig(StockT5GemmaConfig):
         _refuse_other_dropout(self)
         super().__post_init__(**kwargs)
         self.vocab_size = self.decoder.vocab_size
+        self._built = True
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> T5GemmaConfig:
@@ -180,7 +206,7 @@ class T5GemmaConfig(StockT5GemmaConfig):
 
 
 @strict
-class AdaptedSeq2SeqModuleConfig(PreTrainedConfig):
+class AdaptedSeq2SeqModuleConfig(_Stack, PreTrainedConfig):
     """One stack of an ``AdaptedSeq2SeqConfig``. Fields not explained are those of ``T5GemmaModuleConfig``.
 
     Attributes:
@@ -192,8 +218,8 @@ class AdaptedSeq2SeqModuleConfig(PreTrainedConfig):
         scale_embeddings: embeddings are multiplied by sqrt(hidden_size) (Gemma).
         rope_parameters: transformers' rope dictionary, or one per layer type.
         bidirectional_layers: of an encoder: "all", "none" (the paper's causal-encoder ablation) or layer numbers.
-        cross_attention_type, cross_attention_map, output_key_values, cross_attention_hidden_size: set by the
-            ``AdaptedSeq2SeqConfig`` around the stack.
+        cross_attention_type, cross_attention_map, cross_attention_hidden_size: set by the ``AdaptedSeq2SeqConfig``
+            around the stack.
 
     Raises:
         ValueError: a combination of switches that no supported family uses, or a field outside its range.
@@ -201,14 +227,6 @@ class AdaptedSeq2SeqModuleConfig(PreTrainedConfig):
 
     model_type = "adapted_seq2seq_module"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
-    base_model_tp_plan = {  # noqa: RUF012
-        **_TP_PLAN,
-        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
-        "layers.*.cross_attn.q_norm": "replicated_with_grad_allreduce",
-        "layers.*.cross_attn.k_norm": "replicated_with_grad_allreduce",
-    }
-
     vocab_size: int = 262144
     hidden_size: int = 640
     intermediate_size: int = 2048
@@ -244,7 +262,6 @@ class AdaptedSeq2SeqModuleConfig(PreTrainedConfig):
     cross_attention_hidden_size: int | None = None
     cross_attention_type: str = "separate"
     cross_attention_map: list[int] | None = None
-    output_key_values: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
@@ -254,7 +271,7 @@ class AdaptedSeq2SeqModuleConfig(PreTrainedConfig):
 
 
 @strict
-class AdaptedSeq2SeqConfig(PreTrainedConfig):
+class AdaptedSeq2SeqConfig(_Pair, PreTrainedConfig):
     """An encoder-decoder made of any supported family's decoder-only stack.
 
     Attributes:
@@ -326,17 +343,13 @@ class AdaptedSeq2SeqConfig(PreTrainedConfig):
             raise ValueError(
                 f"classifier_pooling is {self.classifier_pooling!r}; it can be one of {CLASSIFIER_POOLINGS}."
             )
-        if self.cross_attention_type not in CROSS_ATTENTION_TYPES:
-            raise ValueError(
-                f"cross_attention_type is {self.cross_attention_type!r}; it can be one of {CROSS_ATTENTION_TYPES}."
-            )
-        if self.cross_attention_type == "layerwise":
-            self.cross_attention_map = _check_layerwise(encoder, decoder, self.cross_attention_map)
-        elif self.cross_attention_map is not None:
-            raise ValueError("cross_attention_map pairs layers for cross_attention_type='layerwise'; leave it out.")
-        decoder.cross_attention_type = self.cross_attention_type
-        decoder.cross_attention_map = self.cross_attention_map
-        encoder.output_key_values = self.cross_attention_type == "layerwise"
+        kind = kind_of(self)
+        self.cross_attention_map = kind.layer_map(encoder, decoder, self.cross_attention_map)
+        if kind.reads == KEY_VALUES:
+            _check_shared_key_values(kind.name.capitalize(), encoder, decoder, self.cross_attention_map)
+        for stack in (encoder, decoder):
+            stack.cross_attention_type = self.cross_attention_type
+            stack.cross_attention_map = self.cross_attention_map
         if self.share_embeddings and not self.tie_word_embeddings:
             raise ValueError(
                 "share_embeddings is one matrix for both stacks and the head: it needs tie_word_embeddings."
@@ -349,6 +362,7 @@ class AdaptedSeq2SeqConfig(PreTrainedConfig):
                 f"share_embeddings needs equal vocabularies and widths; the encoder has {encoder.vocab_size} x "
                 f"{encoder.hidden_size}, the decoder {decoder.vocab_size} x {decoder.hidden_size}."
             )
+        self._built = True
 
     @classmethod
     def from_t5gemma(cls, config: T5GemmaConfig, **changes: Any) -> AdaptedSeq2SeqConfig:
@@ -465,32 +479,18 @@ def _check_stack(config: Any) -> None:
         )
 
 
-def _check_layerwise(encoder: Any, decoder: Any, layer_map: list[int] | None) -> list[int]:
-    """The map of a layerwise pair, after checking that each pair of layers can share keys and values."""
-    if layer_map is None:
-        if encoder.num_hidden_layers != decoder.num_hidden_layers:
-            raise ValueError(
-                f"Layerwise cross-attention pairs equal layers by default, but the encoder has "
-                f"{encoder.num_hidden_layers} layers and the decoder {decoder.num_hidden_layers}: give "
-                "cross_attention_map, an encoder layer for each decoder layer."
-            )
-        layer_map = list(range(decoder.num_hidden_layers))
-    if len(layer_map) != decoder.num_hidden_layers or not all(0 <= m < encoder.num_hidden_layers for m in layer_map):
-        raise ValueError(
-            f"cross_attention_map is {layer_map}; it needs {decoder.num_hidden_layers} encoder layers, each from 0 to "
-            f"{encoder.num_hidden_layers - 1}."
-        )
+def _check_shared_key_values(kind: str, encoder: Any, decoder: Any, layer_map: list[int]) -> None:
+    """Refuse a pair whose layers cannot use each other's keys and values."""
     for name in ("num_key_value_heads", "head_dim", "qk_norm", "sliding_window"):
         if getattr(encoder, name) != getattr(decoder, name):
             raise ValueError(
-                f"Layerwise cross-attention shares keys and values, so {name} has to be equal: the encoder has "
+                f"{kind} cross-attention shares keys and values, so {name} has to be equal: the encoder has "
                 f"{getattr(encoder, name)}, the decoder {getattr(decoder, name)}. Use 'separate' for such a pair."
             )
     for layer, paired in enumerate(layer_map):
         kinds = encoder.layer_types[paired], decoder.layer_types[layer]
         if kinds[0] != kinds[1] or rope_parameters_of(encoder, kinds[0]) != rope_parameters_of(decoder, kinds[1]):
             raise ValueError(
-                f"Layerwise cross-attention needs paired layers of one kind and one RoPE, but encoder layer {paired} "
-                f"is {kinds[0]} and decoder layer {layer} {kinds[1]} (or their rope_parameters differ)."
+                f"{kind} cross-attention needs paired layers of one kind and one RoPE, but encoder layer {paired} is "
+                f"{kinds[0]} and decoder layer {layer} {kinds[1]} (or their rope_parameters differ)."
             )
-    return layer_map

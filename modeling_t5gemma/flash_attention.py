@@ -14,7 +14,7 @@ from importlib import import_module
 
 import torch
 
-from .masks import AttentionPattern
+from .masks import AttentionPattern, reach
 
 _MODULES = {2: "flash_attn", 3: "flash_attn_interface"}
 
@@ -60,7 +60,7 @@ def flash_attention(
         x.transpose(1, 2).flatten(0, 1)[index]
         for x, index in ((q_BNTH, layout.queries), (k_BGSH, layout.keys), (v_BGSH, layout.keys))
     )
-    beyond = -1 if pattern.window is None else pattern.window - 1
+    beyond = -1 if pattern.window is None else reach(pattern.window)
     options = {"dropout_p": dropout} if version == 2 else {}
     out_PNH = (kernel or import_module(_MODULES[version]).flash_attn_varlen_func)(
         q_PNH,

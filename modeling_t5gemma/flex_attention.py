@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.attention.flex_attention import flex_attention as torch_flex_attention
 
-from .masks import AttentionPattern
+from .masks import AttentionPattern, reach
 
 
 def flex_attention(
@@ -62,7 +62,7 @@ def _block_mask(pattern: AttentionPattern) -> BlockMask | None:
         distance = at(pattern.query_positions, t) - at(pattern.key_positions, s)
         seen = distance >= 0 if pattern.causal else distance == distance
         if pattern.window is not None:
-            seen = seen & (distance.abs() < pattern.window)
+            seen = seen & (distance.abs() <= reach(pattern.window))
         if pattern.key_valid is not None:
             seen = seen & at(pattern.key_valid, s)
         if pattern.query_segments is not None and pattern.key_segments is not None:

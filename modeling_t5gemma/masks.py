@@ -17,6 +17,13 @@ import torch
 Derived = TypeVar("Derived")
 
 
+def reach(window: int) -> int:
+    """How many positions before its own a query of a sliding layer sees: the rule that masks, kernels, caches and
+    accounting share. It is the released T5Gemma's; stock transformers' eager path sees one position more in its
+    encoder."""
+    return window - 1
+
+
 @dataclass(eq=False)
 class AttentionPattern:
     """The visibility rule of one kind of attention in one forward pass.
@@ -26,8 +33,7 @@ class AttentionPattern:
     * ``key_valid[s]``, if given: the key is no padding;
     * ``query_segments[t] == key_segments[s]``, if given: both belong to the same packed document;
     * ``key_positions[s] <= query_positions[t]``, if ``causal``;
-    * ``abs(query_positions[t] - key_positions[s]) < window``, if ``window`` is given. This is the released T5Gemma's
-      window; stock transformers' eager path sees one position more on either side in its encoder.
+    * ``abs(query_positions[t] - key_positions[s]) <= reach(window)``, if ``window`` is given.
 
     Attributes:
         query_positions: int64 (B or 1, T).
@@ -77,7 +83,7 @@ class AttentionPattern:
         if self.causal:
             visible_BTS = visible_BTS & (distance_BTS >= 0)
         if self.window is not None:
-            visible_BTS = visible_BTS & (distance_BTS.abs() < self.window)
+            visible_BTS = visible_BTS & (distance_BTS.abs() <= reach(self.window))
         if self.key_valid is not None:
             visible_BTS = visible_BTS & self.key_valid[:, None, :]
         if self.query_segments is not None:

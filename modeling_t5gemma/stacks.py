@@ -20,6 +20,7 @@ from .attention import AUTO, BACKENDS, Needs, resolve_backend
 from .blocks import DECODER_LAYERS, T5GemmaEncoderLayer, repeat_rows
 from .cache import KeyValues, fitted, new_cache, seen_tokens
 from .configuration_t5gemma import SLIDING, StackConfig, T5GemmaConfig, T5GemmaModuleConfig, is_bidirectional
+from .cross_attention import KEY_VALUES, OUTPUT, kind_of
 from .layers import ClassificationHead, RMSNorm, Rope, RotaryEmbedding, dropout
 from .losses import IGNORED
 from .masks import AttentionPattern, ends_of_source, join, positions_in_segments
@@ -184,6 +185,7 @@ class T5GemmaEncoder(Stack):
 
     def __init__(self, config: StackConfig) -> None:
         super().__init__(config, [T5GemmaEncoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.kind = kind_of(config)
 
     @can_return_tuple
     def forward(
@@ -215,8 +217,8 @@ class T5GemmaEncoder(Stack):
         valid = real_tokens(attention_mask, segment_ids, input_ids, self.config.pad_token_id)
         positions = position_ids
         if positions is None:
-            # As in stock, padding has positions of its own; only a layerwise decoder goes on from the last real token.
-            positions = positions_of(x, valid if self.config.output_key_values else None, segment_ids)
+            # As in stock, padding has positions of its own, unless a decoder goes on from the last real token.
+            positions = positions_of(x, valid if self.kind.continues else None, segment_ids)
         patterns = {
             (kind, bidirectional): AttentionPattern(
                 positions, positions, not bidirectional, self.window(kind), valid, segment_ids, segment_ids, valid
@@ -241,8 +243,8 @@ class T5GemmaEncoder(Stack):
             hidden_states=(*hidden_states, x) if self.need_hidden(output_hidden_states) else None,
             attentions=tuple(weights) if need_weights else None,
             attention_mask=valid,
-            position_ids=positions if self.config.output_key_values else None,
-            key_values=tuple(key_values) if self.config.output_key_values else None,
+            position_ids=positions if self.kind.continues else None,
+            key_values=tuple(key_values) if self.kind.reads == KEY_VALUES else None,
         )
 
 
@@ -252,6 +254,7 @@ class T5GemmaDecoder(Stack):
     def __init__(self, config: StackConfig) -> None:
         make_layer = DECODER_LAYERS[config.cross_attention_type]
         super().__init__(config, [make_layer(config, i) for i in range(config.num_hidden_layers)])
+        self.kind = kind_of(config)
 
     @can_return_tuple
     def forward(
@@ -300,7 +303,7 @@ class T5GemmaDecoder(Stack):
         inferable = input_ids if past_key_values is None else None
         valid = unless_all_are(real_tokens(attention_mask, segment_ids, inferable, self._inferable_pad()))
         positions, slots = self._positions(x, position_ids, valid, segment_ids, past_key_values)
-        if self.config.cross_attention_type == "layerwise":
+        if self.kind.continues:
             positions = positions + ends_of_source(source.positions, source.valid, source.segment_ids, segment_ids)
         own = self._own_patterns(x, positions, slots, valid, segment_ids, past_key_values)
         cross = AttentionPattern(
@@ -340,14 +343,14 @@ class T5GemmaDecoder(Stack):
         segment_ids: torch.Tensor | None,
         cache: EncoderDecoderCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions (B or 1, T), in a layerwise decoder counted from each row's first real token, and slots (T,),
-        counted from the cache's first."""
+        """Positions (B or 1, T), which count from each row's first real token where they go on after the source's, and
+        slots (T,), counted from the cache's first."""
         slots = torch.arange(x.shape[1], device=x.device) + seen_tokens(cache)
         if position_ids is not None:
             return position_ids, slots
         if segment_ids is not None:
             return positions_in_segments(segment_ids), slots
-        if valid is None or self.config.cross_attention_type == "separate":
+        if valid is None or not self.kind.continues:
             return slots[None], slots
         padding_before = valid.long().argmax(dim=1, keepdim=True)
         return slots[None] - padding_before, slots
@@ -377,9 +380,9 @@ class T5GemmaDecoder(Stack):
                     # Slots that are not written yet lie beyond the mask; causality hides them.
                     key_valid = valid[:, key_slots.clamp(max=valid.shape[1] - 1)]
                 if x.shape[1] == 1 and isinstance(seen, int) and offset + length == seen + 1:
-                    # One query and no later key. A layerwise decoder's window counts over its source too.
+                    # One query and no later key.
                     causal = False
-                    if window is not None and length <= window and self.config.cross_attention_type == "separate":
+                    if window is not None and length <= window and not self.kind.continues:
                         window = None
             patterns[kind] = AttentionPattern(
                 positions, key_positions, causal, window, key_valid, segment_ids, segment_ids, query_valid
@@ -391,7 +394,7 @@ class T5GemmaDecoder(Stack):
     ) -> list[tuple[Any, ...]]:
         """What each layer takes beside its input: its kind, its patterns and its source."""
         kinds = self.config.layer_types
-        if self.config.cross_attention_type == "separate":
+        if self.kind.reads == OUTPUT:
             return [(kind, own[kind], cross, source.hidden) for kind in kinds]
         if source.key_values is None:
             raise ValueError(

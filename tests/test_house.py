@@ -31,6 +31,7 @@ HUB_FILES = {
     "blocks",
     "cache",
     "configuration_t5gemma",
+    "cross_attention",
     "dense_attention",
     "flash_attention",
     "flex_attention",

@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from modeling_t5gemma.conversion.convert import Prepared, carry_out, prepare
 from modeling_t5gemma.conversion.options import CROSS_ATTENTION, DTYPES, ENCODER_KV, ConversionOptions, describe_layers
 from modeling_t5gemma.conversion.plan import Constant, Copied, Drawn, Plan, Write
+from modeling_t5gemma.cross_attention import is_cross_attention
 
 _ORIGINS = {Copied: "copied", Drawn: "drawn", Constant: "set to one value"}
 
@@ -141,7 +142,7 @@ def plan_notes(prepared: Prepared) -> list[str]:
 def _stacks(plan: Plan) -> dict[str, list[Write]]:
     stacks: dict[str, list[Write]] = {"encoder": [], "decoder": [], "cross-attention": [], "output head": []}
     for write in plan.writes:
-        if "cross_attn" in write.name:
+        if is_cross_attention(write.name):
             stacks["cross-attention"].append(write)
         elif write.name.startswith("model."):
             stacks[write.name.split(".")[1]].append(write)

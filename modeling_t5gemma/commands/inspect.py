@@ -13,6 +13,7 @@ from rich.table import Table
 from modeling_t5gemma.configuration_t5gemma import is_bidirectional
 from modeling_t5gemma.conversion.inspection import PARTS, Inspection, TensorHeader, inspect_checkpoint
 from modeling_t5gemma.conversion.options import describe_layers
+from modeling_t5gemma.cross_attention import kind_of
 
 
 def inspect(
@@ -121,12 +122,14 @@ def _softcaps(stack: Any) -> str:
 
 
 def _cross_attention(config: Any) -> str:
-    if config.cross_attention_type == "separate":
-        return "separate: own weights, from the encoder's output"
+    kind = kind_of(config)
+    own = "own weights, " if kind.weights else ""
+    if not kind.paired:
+        return f"{kind.name}: {own}from the encoder's output"
     layer_map = config.cross_attention_map
     if layer_map == list(range(len(layer_map))):
-        return "layerwise: each layer reads the encoder's same"
-    return f"layerwise: reads encoder layers {','.join(map(str, layer_map))}"
+        return f"{kind.name}: {own}each layer reads the encoder's same"
+    return f"{kind.name}: {own}reads encoder layers {','.join(map(str, layer_map))}"
 
 
 def _totals(tensors: Sequence[TensorHeader]) -> tuple[str, str, str]:

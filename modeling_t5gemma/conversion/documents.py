@@ -15,10 +15,12 @@ from modeling_t5gemma.conversion.options import ConversionOptions, describe_laye
 from modeling_t5gemma.conversion.plan import Copied, Plan
 from modeling_t5gemma.conversion.source import Source
 from modeling_t5gemma.conversion.target import Stack, Target, stack_configs
+from modeling_t5gemma.cross_attention import kind_of
 
 RECORD_FILE = "conversion.json"
 # What a source's folder may hold of its licence.
 _LICENCE_PATTERNS = ("LICENSE*", "LICENCE*", "*TERMS*")
+# How a separate one begins.
 _CROSS_ATTENTION = {
     "copy": "Cross-attention is the decoder's own; its weights and the norms around it start as copies of the same "
     "layer's self-attention.",
@@ -26,8 +28,6 @@ _CROSS_ATTENTION = {
     "initializer_range), the norms around it with gain 1. Train it alone for the first 1000 steps, as the paper does.",
     "partial": "Cross-attention is the decoder's own; queries, output and norms start as copies of the same layer's "
     "self-attention, keys and values at random.",
-    "layerwise": "There are no cross-attention weights: decoder layer l attends, in one softmax with its own keys and "
-    "values, to those of encoder layer m(l) (cross_attention_map in config.json).",
 }
 
 
@@ -101,7 +101,7 @@ def _card(target: Target, plan: Plan, options: ConversionOptions, terms_file: st
         repository=repository,
         sources=" and ".join(_linked(source) for source in _distinct_sources(target)),
         architecture=[[title, *cells] for title, cells in rows.items()],
-        cross_attention=_CROSS_ATTENTION[target.cross_attention],
+        cross_attention=_CROSS_ATTENTION.get(target.cross_attention) or kind_of(target.config).summary,
         provenance=_provenance(target, plan, options),
         needs_package=target.config.model_type != "t5gemma",
         layerwise=target.config.cross_attention_type == "layerwise",

@@ -17,6 +17,7 @@ from modeling_t5gemma.conversion.source import read_json
 from modeling_t5gemma.conversion.streaming import read_header
 from modeling_t5gemma.conversion.target import expected_tensors
 from modeling_t5gemma.conversion.tensors import DTYPE_CODES
+from modeling_t5gemma.cross_attention import is_cross_attention
 from modeling_t5gemma.errors import UserError
 
 PARTS = ("encoder embedding", "encoder", "decoder embedding", "decoder", "cross-attention", "head")
@@ -89,7 +90,7 @@ def part_of(tensor: str) -> str:
     stack = next((stack for stack in ("encoder", "decoder") if f"{stack}." in tensor), None)
     if stack is None:
         return "head"
-    if "cross_attn" in tensor:
+    if is_cross_attention(tensor):
         return "cross-attention"
     return f"{stack} embedding" if "embed_tokens" in tensor else stack
 

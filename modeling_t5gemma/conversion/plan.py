@@ -23,6 +23,7 @@ from modeling_t5gemma.conversion.target import (
     stack_configs,
 )
 from modeling_t5gemma.conversion.tensors import nbytes
+from modeling_t5gemma.cross_attention import is_cross_attention
 from modeling_t5gemma.errors import UserError
 
 
@@ -125,7 +126,7 @@ def _origin(name: str, target: Target) -> Copied | Drawn | Constant:
     _, side, stack_name = name.split(".", 2)
     if stack_name == EMBEDDING and target.config.share_embeddings:
         return _copied(DECODER, stack_name, target.decoder)
-    if "cross_attn" not in stack_name:
+    if not is_cross_attention(stack_name):
         return _copied(side, stack_name, target.stack(side))
     # The model's names: ...cross_attn.k_proj.weight, ...pre_cross_attn_layernorm.weight.
     is_key_or_value = any(f"cross_attn.{projection}_proj." in stack_name for projection in "kv")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_t5gemma.configuration_t5gemma import (
@@ -15,10 +16,14 @@ from modeling_t5gemma.configuration_t5gemma import (
     T5GemmaConfig,
     T5GemmaModuleConfig,
 )
-from modeling_t5gemma.conversion.family import OUTPUT_HEAD
 from modeling_t5gemma.conversion.options import ConversionOptions, parse_layers
 from modeling_t5gemma.conversion.source import Source
+from modeling_t5gemma.cross_attention import KINDS
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.modeling_t5gemma import (
+    AdaptedSeq2SeqForConditionalGeneration,
+    T5GemmaForConditionalGeneration,
+)
 
 ENCODER, DECODER = "encoder", "decoder"
 EMBEDDING = "embed_tokens.weight"
@@ -46,7 +51,7 @@ class Target:
     Attributes:
         config: of the checkpoint, dtype not yet set.
         encoder, decoder: where the stacks come from.
-        cross_attention: "copy", "random", "partial" or "layerwise".
+        cross_attention: a kind, or how a separate one begins: "copy", "random" or "partial".
     """
 
     config: T5GemmaConfig | AdaptedSeq2SeqConfig
@@ -81,12 +86,13 @@ def build_target(enc: Source, dec: Source, options: ConversionOptions) -> Target
     decoder = Stack(dec, parse_layers("--dec-layers", options.dec_layers, dec.config.num_hidden_layers), kv_repeats=1)
     cross_attention = _cross_attention(encoder, decoder, options.cross_attention)
     bidirectional = _bidirectional_layers(options.encoder_attention, len(encoder.layers))
-    layerwise = cross_attention == "layerwise"
+    # What is no kind is a way to begin a separate one.
+    kind = KINDS.get(cross_attention, KINDS["separate"])
     pair: dict[str, Any] = {"tie_word_embeddings": dec.config.tie_word_embeddings}
     try:
         if (
             {enc.family.name, dec.family.name} == {"gemma2"}
-            and not layerwise
+            and kind.name == T5GemmaConfig.cross_attention_type
             and bidirectional == "all"
             and not options.share_embeddings
         ):
@@ -102,8 +108,8 @@ def build_target(enc: Source, dec: Source, options: ConversionOptions) -> Target
                     **_fields(encoder), **_switches(enc), bidirectional_layers=bidirectional
                 ),
                 decoder=AdaptedSeq2SeqModuleConfig(**_fields(decoder), **_switches(dec)),
-                cross_attention_type="layerwise" if layerwise else "separate",
-                cross_attention_map=_layer_map(encoder, decoder) if layerwise else None,
+                cross_attention_type=kind.name,
+                cross_attention_map=_layer_map(encoder, decoder) if kind.paired else None,
                 share_embeddings=options.share_embeddings,
                 architectures=["AdaptedSeq2SeqForConditionalGeneration"],
                 **pair,
@@ -119,55 +125,13 @@ def stack_configs(config: T5GemmaConfig | AdaptedSeq2SeqConfig) -> tuple[Any, An
 
 
 def expected_tensors(config: T5GemmaConfig | AdaptedSeq2SeqConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a checkpoint of ``config`` holds, tied ones once."""
-    encoder, decoder = stack_configs(config)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for prefix, stack in (("model.encoder.", encoder), ("model.decoder.", decoder)):
-        # A shared embedding is stored as the encoder's, to which the model class ties the decoder's.
-        if not (stack is decoder and config.share_embeddings):
-            shapes[prefix + EMBEDDING] = (stack.vocab_size, stack.hidden_size)
-        has_cross = stack is decoder and config.cross_attention_type == "separate"
-        for name, shape in _stack_tensors(stack, has_cross):
-            shapes[prefix + name] = shape
-    if not config.tie_word_embeddings:
-        shapes[OUTPUT_HEAD] = (decoder.vocab_size, decoder.hidden_size)
-    return shapes
-
-
-def _stack_tensors(stack: Any, has_cross: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
-    width, ffn = stack.hidden_size, stack.intermediate_size
-    attentions = {"self_attn": width}
-    if has_cross:
-        attentions["cross_attn"] = stack.cross_attention_hidden_size
-    yield "norm.weight", (width,)
-    for i in range(stack.num_hidden_layers):
-        layer = f"layers.{i}."
-        for attention, kv_width in attentions.items():
-            for name, shape in _attention_tensors(stack, kv_width):
-                yield f"{layer}{attention}.{name}", shape
-        yield f"{layer}mlp.gate_proj.weight", (ffn, width)
-        yield f"{layer}mlp.up_proj.weight", (ffn, width)
-        yield f"{layer}mlp.down_proj.weight", (width, ffn)
-        for sublayer in (*attentions, "feedforward"):
-            for place in ("pre", "post") if stack.norm_placement == "pre_post" else ("pre",):
-                yield f"{layer}{place}_{sublayer}_layernorm.weight", (width,)
-
-
-def _attention_tensors(stack: Any, kv_width: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    queries = stack.num_attention_heads * stack.head_dim
-    keys = stack.num_key_value_heads * stack.head_dim
-    for projection, rows, columns in (
-        ("q", queries, stack.hidden_size),
-        ("k", keys, kv_width),
-        ("v", keys, kv_width),
-        ("o", stack.hidden_size, queries),
-    ):
-        yield f"{projection}_proj.weight", (rows, columns)
-        if stack.attention_bias or (stack.qkv_bias and projection != "o"):
-            yield f"{projection}_proj.bias", (rows,)
-    if stack.qk_norm:
-        yield "q_norm.weight", (stack.head_dim,)
-        yield "k_norm.weight", (stack.head_dim,)
+    """The shape of every tensor that a checkpoint of ``config`` holds, tied ones once: those of a model without
+    storage."""
+    stock = isinstance(config, T5GemmaConfig)
+    make = T5GemmaForConditionalGeneration if stock else AdaptedSeq2SeqForConditionalGeneration
+    with torch.device("meta"):
+        model = make(copy.deepcopy(config))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _fields(stack: Stack) -> dict[str, Any]:
@@ -222,7 +186,7 @@ def _layer_map(encoder: Stack, decoder: Stack) -> list[int]:
     depths = [stack.source.config.num_hidden_layers for stack in (encoder, decoder)]
     if depths[0] != depths[1]:
         raise UserError(
-            f"--cross-attention layerwise pairs the layers of models of one depth, but {encoder.source.name} has "
+            f"Cross-attention layer by layer pairs the layers of models of one depth, but {encoder.source.name} has "
             f"{depths[0]} and {decoder.source.name} {depths[1]}. Use auto."
         )
     kinds = [
@@ -235,8 +199,7 @@ def _layer_map(encoder: Stack, decoder: Stack) -> list[int]:
         same_kind = [i for i, kept in enumerate(encoder.layers) if kinds[0][kept] == kind]
         if not same_kind:
             raise UserError(
-                f"--enc-layers keeps no {kind} layer, which decoder layer {layer} of the source needs for layerwise "
-                "cross-attention. Keep one."
+                f"--enc-layers keeps no {kind} layer, which the source's layer {layer} has to read. Keep one."
             )
         layer_map.append(min(same_kind, key=lambda i: abs(encoder.layers[i] - layer)))
     return layer_map

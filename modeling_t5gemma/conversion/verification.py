@@ -33,6 +33,7 @@ from modeling_t5gemma.conversion.reference import (
 )
 from modeling_t5gemma.conversion.source import Source, read_json, resolve_source
 from modeling_t5gemma.conversion.streaming import read_header
+from modeling_t5gemma.cross_attention import KEY_VALUES, kind_of
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.modeling_t5gemma import AdaptedSeq2SeqForConditionalGeneration
 
@@ -107,7 +108,7 @@ class _Converted:
         encoder, decoder = self.layers["encoder"], self.layers["decoder"]
         if isinstance(encoder, str) or isinstance(decoder, str):
             return False
-        return self.config.cross_attention_type == "layerwise" and encoder[: len(decoder)] == decoder
+        return kind_of(self.config).reads == KEY_VALUES and encoder[: len(decoder)] == decoder
 
 
 def verify_checkpoint(source: str | Path, converted: str | Path) -> Verification:
@@ -274,7 +275,7 @@ def _checks(
     prefix: int,
 ) -> Iterator[Check]:
     yield _encoder(model, converted, expected.get("encoder"), tokens)
-    if converted.config.cross_attention_type == "separate":
+    if kind_of(converted.config).weights:
         yield _copied_weights(model, converted)
         silence_cross_attention(model)
         source_valid = torch.ones_like(tokens)

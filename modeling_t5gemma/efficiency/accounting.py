@@ -16,7 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Gemma2Config, PreTrainedConfig
 
 from ..configuration_t5gemma import FULL, SLIDING, STACK_PRESETS, T5GemmaConfig, is_bidirectional
+from ..cross_attention import kind_of
 from ..errors import UserError
+from ..masks import reach
 
 _ENCODER_DECODERS = ("t5gemma", "adapted_seq2seq")
 _DECODER_ONLY = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3")
@@ -170,13 +172,15 @@ def flops(config: Any, input_tokens: int, output_tokens: int, *, dense: bool = F
         for window, both in zip(encoder.windows, encoder.bidirectional)
     )
     own = sum(_cached_pairs(output_tokens, 1, window, dense) for window in decoder.windows)
-    if config.cross_attention_type == "layerwise":
-        cross = _layerwise_cross(decoder, input_tokens, output_tokens, dense)
+    kind = kind_of(config)
+    if kind.continues and not dense:
+        cross = decoder.scores(_joined_pairs(decoder, input_tokens, output_tokens))
     else:
         cross = decoder.scores(decoder.layers * input_tokens * output_tokens)
-        queries = 2 * output_tokens * decoder.width * decoder.heads
-        keys = 2 * input_tokens * encoder.width * decoder.kv_heads
-        cross += 2 * decoder.layers * decoder.head_dim * (queries + keys)
+    if not kind.joint:
+        cross += 4 * decoder.layers * decoder.head_dim * output_tokens * decoder.width * decoder.heads
+    if kind.weights:
+        cross += 4 * decoder.layers * decoder.head_dim * input_tokens * encoder.width * decoder.kv_heads
     return Flops(
         encoder.products(input_tokens) + encoder.scores(encoder_pairs),
         decoder.products(output_tokens) + decoder.scores(own),
@@ -193,7 +197,7 @@ def cache_bytes(config: Any, input_tokens: int, output_tokens: int, bytes_per_va
     """
     stack = Stack.of(config.decoder if config.is_encoder_decoder else config)
     own = output_tokens if config.is_encoder_decoder else input_tokens + output_tokens - 1
-    positions = sum(own if window is None else min(own, window - 1) for window in stack.windows)
+    positions = sum(own if window is None else min(own, reach(window)) for window in stack.windows)
     if config.is_encoder_decoder:
         positions += stack.layers * input_tokens
     return 2 * positions * stack.kv_heads * stack.head_dim * bytes_per_value
@@ -234,12 +238,11 @@ def _cached_pairs(tokens: int, prompt: int, window: int | None, dense: bool) -> 
     return seen - _pairs(prompt, window, False) + prompt**2 if dense else seen
 
 
-def _layerwise_cross(decoder: Stack, input_tokens: int, output_tokens: int, dense: bool) -> int:
-    """One softmax spans the source and the tokens after it, so a sliding layer soon leaves the source behind."""
-    if dense:
-        return decoder.scores(decoder.layers * input_tokens * output_tokens)
+def _joined_pairs(decoder: Stack, input_tokens: int, output_tokens: int) -> int:
+    """Pairs of an output and an input token where windows count over both: a sliding layer soon leaves the input
+    behind."""
     pairs = 0
     for window in decoder.windows:
         joined = _pairs(input_tokens + output_tokens, window, False) - _pairs(input_tokens, window, False)
         pairs += joined - _pairs(output_tokens, window, False)
-    return decoder.scores(pairs)
+    return pairs

@@ -44,8 +44,9 @@ class CTranslate2:
 
     def refuse(self, config: Any, path: Path) -> None:
         if not isinstance(config, T5GemmaConfig):
-            layerwise = config.cross_attention_type == "layerwise"
-            what = "layerwise cross-attention" if layerwise else "another block or encoder"
+            kind = config.cross_attention_type
+            separate = kind == T5GemmaConfig.cross_attention_type
+            what = "another block or encoder" if separate else f"{kind} cross-attention"
             raise UserError(
                 f"{path} is an {config.model_type!r} with {what}. CTranslate2 reads 't5gemma' alone: Gemma 2's block, "
                 "separate cross-attention, a bidirectional encoder. Give --format torch or onnx, or convert a Gemma 2 "

@@ -17,6 +17,7 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
+from ..cross_attention import kind_of
 from ..stacks import T5GemmaEncoderOutput
 from .decoding import Decoding
 
@@ -69,8 +70,8 @@ class _Encoder(nn.Module):
         self.encoder = model.model.encoder
         decoder = model.model.decoder
         self.pairs = decoder.config.cross_attention_map
-        separate = decoder.config.cross_attention_type == "separate"
-        self.cross_attention: Any = nn.ModuleList(layer.cross_attn for layer in decoder.layers if separate)
+        projects = kind_of(decoder.config).weights
+        self.cross_attention: Any = nn.ModuleList(layer.cross_attn for layer in decoder.layers if projects)
         self.eval()
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from ..cross_attention import kind_of
 from ..errors import UserError
 from ..training.loading import layout_of
 
@@ -129,8 +130,8 @@ class Prompts:
 def longest_prompt(model: PreTrainedModel, max_new_tokens: int) -> int:
     """The most input ids that leave room for so many new ones.
 
-    A decoder with separate cross-attention counts its positions from 0. One with layerwise cross-attention, like a
-    decoder-only model, counts on where the input ends.
+    A decoder whose positions begin at 0 has all of them for itself; one that, like a decoder-only model, counts on
+    where the input ends has not.
 
     Raises:
         UserError: there is no room for so many new tokens.
@@ -140,7 +141,7 @@ def longest_prompt(model: PreTrainedModel, max_new_tokens: int) -> int:
         source, target, together = None, config.get_text_config().max_position_embeddings, True
     else:
         source, target = config.encoder.max_position_embeddings, config.decoder.max_position_embeddings
-        together = config.decoder.cross_attention_type == "layerwise"
+        together = kind_of(config.decoder).continues
     if max_new_tokens >= target:
         raise UserError(
             f"--max-new-tokens {max_new_tokens} is more than the model's {target} positions have room for. Ask for "

@@ -9,18 +9,13 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..conversion.options import describe_layers
 from ..conversion.target import stack_configs
+from ..cross_attention import kind_of
 from ..errors import UserError
 from .lineage import Lineage
 from .recipe import Recipe
 from .results import Result, model_index
 from .settings import Publication
 from .validation import Validated
-
-_CROSS_ATTENTION = {
-    "separate": "Cross-attention is the decoder's own and reads the encoder's output.",
-    "layerwise": "There are no cross-attention weights: decoder layer l attends, in one softmax with its own keys and "
-    "values, to those of encoder layer m(l) (cross_attention_map in config.json).",
-}
 
 
 def make_card(
@@ -85,7 +80,7 @@ def make_card(
         sources=_sources(lineage),
         adaptation=_adaptation(recipes, lineage),
         architecture=[[title, *cells] for title, cells in rows.items()],
-        cross_attention=_CROSS_ATTENTION[config.cross_attention_type],
+        cross_attention=kind_of(config).summary,
         provenance=_provenance(validated, lineage),
         has_record=has_record,
         needs_package=validated.needs_code,

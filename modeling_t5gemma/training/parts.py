@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..cross_attention import KEY_VALUES, is_cross_attention, kind_of
 from ..errors import UserError
 
 Part = Literal["embeddings", "encoder", "decoder", "cross_attention"]
@@ -16,10 +17,10 @@ PARTS: tuple[Part, ...] = get_args(Part)
 
 
 def part_of(name: str) -> Part:
-    """The part a parameter belongs to; cross-attention has its two norms with it (arXiv 2504.06225, section 3)."""
+    """The part a parameter belongs to."""
     if "embed_tokens" in name or "lm_head" in name:
         return "embeddings"
-    if "cross_attn" in name:
+    if is_cross_attention(name):
         return "cross_attention"
     return "encoder" if ".encoder." in name or name.startswith("encoder.") else "decoder"
 
@@ -50,7 +51,7 @@ def freeze(model: PreTrainedModel, parts: Iterable[Part]) -> None:
 
 def _unread(model: PreTrainedModel) -> list[str]:
     decoder = getattr(model.config, "decoder", None)  # which a decoder-only model has not
-    if decoder is None or decoder.cross_attention_type != "layerwise":
+    if decoder is None or kind_of(decoder).reads != KEY_VALUES:
         return []
     last = max(decoder.cross_attention_map)
     prefix = next(name for name, module in model.named_modules() if name.split(".")[-1] == "encoder")

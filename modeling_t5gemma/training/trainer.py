@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments, get_scheduler
 
 from ..collators import Layout, Pair, collate, collate_for_teacher
+from ..cross_attention import kind_of
 from ..errors import UserError
 from ..losses import SampledTarget, Target
 from .curves import Panel
@@ -316,10 +317,9 @@ def _check(args: Seq2SeqTrainingArguments, recipe: Recipe, model: PreTrainedMode
         raise UserError(
             f"eval_strategy={args.eval_strategy.value} needs at least two held-out examples; there are none."
         )
-    if recipe.alone and model.config.decoder.cross_attention_type != "separate":
+    if recipe.alone and not kind_of(model.config.decoder).weights:
         raise UserError(
-            "Cross-attention cannot be trained alone here: layerwise cross-attention has no weights of its own. "
-            "Leave the warm-up at 0."
+            "Cross-attention cannot be trained alone here: it has no weights of its own. Leave the warm-up at 0."
         )
     if recipe.alone and args.deepspeed:
         raise UserError("DeepSpeed keeps gradients to itself, so cross-attention cannot be trained alone: take FSDP.")

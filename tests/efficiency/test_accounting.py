@@ -91,7 +91,7 @@ def test_layerwise_pairs_are_those_of_the_mask(source, target, window):
     queries, keys = source + torch.arange(target)[None], torch.arange(source)[None]
     visible = AttentionPattern(queries, keys, True, window).visible()
     seen = source * target if visible is None else int(visible.sum())
-    assert accounting._layerwise_cross(stack, source, target, dense=False) == stack.scores(seen)
+    assert accounting._joined_pairs(stack, source, target) == seen
 
 
 def test_seen_keys_are_fewer_than_dense_ones():
