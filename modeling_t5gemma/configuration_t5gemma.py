@@ -479,7 +479,7 @@ def _check_stack(config: Any) -> None:
         )
 
 
-def _check_shared_key_values(kind: str, encoder: Any, decoder: Any, layer_map: list[int]) -> None:
+def _check_shared_key_values(kind: str, encoder: Any, decoder: Any, layer_map: Any) -> None:
     """Refuse a pair whose layers cannot use each other's keys and values."""
     for name in ("num_key_value_heads", "head_dim", "qk_norm", "sliding_window"):
         if getattr(encoder, name) != getattr(decoder, name):

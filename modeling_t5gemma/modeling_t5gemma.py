@@ -26,6 +26,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
+from .cross_attention import kind_of
 from .layers import ClassificationHead, LMHead
 from .losses import Target, cross_entropy, linear_loss, token_losses
 from .stacks import T5GemmaDecoder, T5GemmaEncoder, T5GemmaPreTrainedModel, real_tokens
@@ -351,8 +352,13 @@ class _Classifier(T5GemmaPreTrainedModel):
         decoder_input_ids: torch.Tensor | None,
         decoder_attention_mask: torch.Tensor | None,
         kwargs: dict[str, Any],
+        whole: bool = True,
     ) -> _Read:
-        """Run the stacks. An encoder-decoder reads its input in the decoder as well, behind the start token."""
+        """Run the stacks. An encoder-decoder reads its input in the decoder as well, behind the start token.
+
+        Args:
+            whole: whether the decoder reads the last token too; left out, a place of its output is one of the input.
+        """
         kwargs = {**kwargs, "return_dict": True}
         real = real_tokens(attention_mask, None, input_ids, self.config.encoder.pad_token_id)
         if not self.config.is_encoder_decoder:
@@ -365,10 +371,7 @@ class _Classifier(T5GemmaPreTrainedModel):
                     "An encoder-decoder classifier reads its input in the decoder too: give input_ids, or "
                     "decoder_input_ids or decoder_inputs_embeds beside inputs_embeds."
                 )
-            assert real is not None or self.config.encoder.pad_token_id is None
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(input_ids)
-            if real is not None:
-                decoder_attention_mask = torch.cat([torch.ones_like(real[:, :1]), real[:, :-1]], dim=1)
+            decoder_input_ids, decoder_attention_mask = self._behind_start(input_ids, real, whole)
         outputs = self.model(
             input_ids,
             attention_mask=real,
@@ -380,6 +383,21 @@ class _Classifier(T5GemmaPreTrainedModel):
         real = real_tokens(decoder_attention_mask, None, decoder_input_ids, self.config.decoder.pad_token_id)
         more = {"hidden_states": outputs.decoder_hidden_states, "attentions": outputs.decoder_attentions}
         return _Read(outputs.last_hidden_state, real, more)
+
+    def _behind_start(
+        self, ids: torch.Tensor, real: torch.Tensor | None, whole: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the decoder reads of an input (B, S): the start token stands right before each row's first real one,
+        so that nothing depends on the padding that a batch has; int64 and bool (B, S + 1), or (B, S) if not whole."""
+        real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.bool()
+        start, first = self.decoder_start_token_id(), real.long().argmax(dim=1, keepdim=True)
+        begins = torch.ones_like(first, dtype=torch.bool)
+        if whole and kind_of(self.config).continues:
+            begins = ids.gather(1, first) != start  # such a source may begin with it by itself
+        ids = torch.cat([torch.full_like(first, start), ids], dim=1).scatter(1, first, start)
+        real = torch.cat([torch.zeros_like(begins), real], dim=1).scatter(1, first, begins)
+        length = ids.shape[1] - (not whole)
+        return ids[:, :length], real[:, :length]
 
 
 class T5GemmaForSequenceClassification(_Classifier):
@@ -425,7 +443,7 @@ class T5GemmaForTokenClassification(_Classifier):
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """Scores (B, T, labels), and the loss when labels (B, T) are given."""
-        read = self.read(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, kwargs)
+        read = self.read(input_ids, attention_mask, decoder_input_ids, decoder_attention_mask, kwargs, whole=False)
         scores = self.score(read.hidden)
         loss = None
         if labels is not None:

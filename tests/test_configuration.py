@@ -141,3 +141,16 @@ def test_other_refusals_of_a_pair():
         m.AdaptedSeq2SeqConfig(cross_attention_map=[0] * 18)
     with pytest.raises(ValueError, match="equal vocabularies and widths"):
         m.AdaptedSeq2SeqConfig(decoder={"hidden_size": 320}, share_embeddings=True)
+
+
+@pytest.mark.parametrize("make", [m.T5GemmaConfig, m.AdaptedSeq2SeqConfig])
+def test_what_is_passed_down_follows_what_is_set(make, tmp_path):
+    stack = BALANCED if make is m.T5GemmaConfig else {**BALANCED, "qk_norm": False}
+    config = make(encoder=dict(stack), decoder=dict(stack))
+    config.save_pretrained(tmp_path)
+    loaded = make.from_pretrained(tmp_path, dropout_rate=0.1, attention_dropout=0.2)
+    config.dropout_rate, config.attention_dropout = 0.1, 0.2
+    for pair in (config, loaded):
+        for each in (pair, pair.encoder, pair.decoder):
+            assert (each.dropout_rate, each.attention_dropout) == (0.1, 0.2)
+    assert config.to_dict() == make(**config.to_dict()).to_dict()

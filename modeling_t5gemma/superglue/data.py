@@ -189,29 +189,20 @@ def _cut(text: Text, form: InputForm, where: str) -> list[int]:
         long = long[: offsets[-over][0]] if over < len(offsets) else ""
 
 
-def collate(examples: Sequence[Example], form: InputForm, decoder_start: int | None = None) -> dict[str, Any]:
+def collate(examples: Sequence[Example], form: InputForm) -> dict[str, Any]:
     """A batch, padded on the right.
 
-    Args:
-        decoder_start: for a decoder that reads the text too, the token that it begins with, in place of ``form.bos``.
-            Left to itself the model would shift its input, and a batch's longest row lose its last token.
-
     Returns:
-        input_ids and attention_mask, int64 (B, S) or with several texts (B, choices, S), and those of the decoder;
-        labels int64 (B,), -1 without one; tokens, how many are real in the input.
+        input_ids and attention_mask, int64 (B, S) or with several texts (B, choices, S); labels int64 (B,), -1 without
+        one; tokens, how many are real.
     """
-    texts = [example.ids for example in examples]
-    made = _padded(texts, form.pad, "")
+    made = _padded([example.ids for example in examples], form.pad)
     tokens = int(made["attention_mask"].sum())
-    if decoder_start is not None:
-        skip = 0 if form.bos is None else 1
-        of_decoder = [[[decoder_start, *ids[skip:]] for ids in choices] for choices in texts]
-        made |= _padded(of_decoder, form.pad, "decoder_")
     labels = torch.tensor([-1 if example.label is None else example.label for example in examples])
     return {**made, "labels": labels, "tokens": tokens}
 
 
-def _padded(texts: Sequence[Sequence[Sequence[int]]], pad: int, prefix: str) -> dict[str, torch.Tensor]:
+def _padded(texts: Sequence[Sequence[Sequence[int]]], pad: int) -> dict[str, torch.Tensor]:
     length = max(len(ids) for choices in texts for ids in choices)
     tokens = np.full((len(texts), len(texts[0]), length), pad, np.int64)
     mask = np.zeros_like(tokens)
@@ -221,6 +212,6 @@ def _padded(texts: Sequence[Sequence[Sequence[int]]], pad: int, prefix: str) -> 
             mask[row, choice, : len(ids)] = 1
     only = slice(None) if len(texts[0]) > 1 else 0
     return {
-        f"{prefix}input_ids": torch.from_numpy(tokens[:, only]),
-        f"{prefix}attention_mask": torch.from_numpy(mask[:, only]),
+        "input_ids": torch.from_numpy(tokens[:, only]),
+        "attention_mask": torch.from_numpy(mask[:, only]),
     }

@@ -52,8 +52,7 @@ class ClassificationTrainer(ResumableTrainer):
     ) -> None:
         examples = ShuffledExamples(train, args.seed)
         self._reads = checkpoint.reads
-        start = model.decoder_start_token_id() if checkpoint.reads == "encoder_decoder" else None
-        self._collate = functools.partial(collate, form=checkpoint.form, decoder_start=start)
+        self._collate = functools.partial(collate, form=checkpoint.form)
 
         def batches(position: int) -> Batches:
             rows = Rows(
