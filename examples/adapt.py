@@ -12,12 +12,13 @@ import modeling_t5gemma  # noqa: F401  # registers the models with the Auto clas
 from modeling_t5gemma.cli import run
 from modeling_t5gemma.training import script
 from modeling_t5gemma.training.launch import train
-from modeling_t5gemma.training.run import Settings, make_trainer, save_adapted
+from modeling_t5gemma.training.run import make_trainer, save_adapted
+from modeling_t5gemma.training.settings import AdaptSettings
 
 
-def settings_of(arguments: list[str] | None = None) -> tuple[Settings, str]:
+def settings_of(arguments: list[str] | None = None) -> tuple[AdaptSettings, str]:
     """The settings of a command line, and what to resume from."""
-    return script.settings_of(Settings, __doc__, arguments)
+    return script.settings_of(AdaptSettings, __doc__, arguments)
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import modeling_t5gemma  # noqa: F401  # registers the models with the Auto classes
 from modeling_t5gemma.cli import run
-from modeling_t5gemma.post_training.preference_run import GrpoRun, make_grpo_trainer
+from modeling_t5gemma.post_training.preference_run import make_grpo_trainer
+from modeling_t5gemma.post_training.settings import GrpoRun
 from modeling_t5gemma.training import script
 from modeling_t5gemma.training.launch import train
 from modeling_t5gemma.training.run import save_adapted

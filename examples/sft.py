@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import modeling_t5gemma  # noqa: F401  # registers the models with the Auto classes
 from modeling_t5gemma.cli import run
-from modeling_t5gemma.post_training.sft_run import Settings, make_trainer
+from modeling_t5gemma.post_training.settings import SftSettings
+from modeling_t5gemma.post_training.sft_run import make_trainer
 from modeling_t5gemma.training import script
 from modeling_t5gemma.training.launch import train
 from modeling_t5gemma.training.run import save_adapted
 
 
-def settings_of(arguments: list[str] | None = None) -> tuple[Settings, str]:
+def settings_of(arguments: list[str] | None = None) -> tuple[SftSettings, str]:
     """The settings of a command line, and what to resume from."""
-    return script.settings_of(Settings, __doc__, arguments)
+    return script.settings_of(SftSettings, __doc__, arguments)
 
 
 def main() -> None:

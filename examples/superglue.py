@@ -20,8 +20,7 @@ from modeling_t5gemma.cli import run
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.superglue.report import compare, report
 from modeling_t5gemma.superglue.run import Settings, Stopped, run_tasks
-from modeling_t5gemma.superglue.search import How
-from modeling_t5gemma.superglue.settings import DataSettings, HeadSettings, SpaceSettings
+from modeling_t5gemma.superglue.settings import DataSettings, HeadSettings, How, SpaceSettings
 from modeling_t5gemma.superglue.tasks import tasks_named
 from modeling_t5gemma.training.script import instantiate, on_this_machine
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from modeling_t5gemma.training.parts import Part
+from modeling_t5gemma.training.settings import Part
 
 Stages = tuple[tuple[float, Any], ...]
 

@@ -15,7 +15,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from modeling_t5gemma.collators import Layout, Pair, collate, collate_for_teacher
 from modeling_t5gemma.losses import linear_loss
 from modeling_t5gemma.objectives import Schedule, example_rng
-from modeling_t5gemma.training.parts import Part, groups
+from modeling_t5gemma.training.parts import groups
+from modeling_t5gemma.training.settings import Part
 from modeling_t5gemma.training.teacher import Teacher
 
 from .text import BOS, PAD, Ids

@@ -21,9 +21,10 @@ from ..errors import UserError
 from ..losses import linear_loss, token_losses
 from ..training.curves import Panel
 from ..training.evaluation import HeldOutLoss, with_wrong_sources
-from ..training.parts import Part, freeze
+from ..training.parts import freeze
 from ..training.resumable import Batches, ResumableTrainer
 from ..training.rows import Rows
+from ..training.settings import Part
 
 
 @dataclass

@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,58 +28,13 @@ from ..inference.adapters import fingerprint
 from ..losses import IGNORED
 from ..training.curves import Panel
 from ..training.examples import ShuffledExamples
-from ..training.parts import Part
 from ..training.resumable import Batches
 from ..training.rows import Rows
+from ..training.settings import Part
 from .preferences import PreferencePair, collate_answers
 from .reference import evaluating, log_probabilities
+from .settings import DpoSettings
 from .tuned import TunedTrainer
-
-PreferenceLoss = Literal["sigmoid", "ipo"]
-ReferenceKind = Literal["precomputed", "adapter_off", "loaded"]
-
-
-@dataclass
-class DpoSettings:
-    """What is optimised; names as TRL's.
-
-    Attributes:
-        loss_type: "sigmoid" is DPO's; "ipo" asks for a margin of 1 / (2 beta) (Azar et al., arXiv 2310.12036,
-            equation 17), here between mean log-ratios a token, as TRL does, so that length alone wins nothing.
-        beta: how much it costs to leave the reference; ipo's tau.
-        label_smoothing: the share of preferences taken to be wrong way round, below 0.5 (Mitchell, "A note on DPO with
-            noisy preferences", 2023); of sigmoid alone.
-        reference: "adapter_off", the model without its adapter (LoRA); "precomputed", log-probabilities of all pairs
-            under the model before its first step, kept in the output folder; "loaded", a second model. Left out,
-            adapter_off with LoRA and precomputed without.
-        reference_model: the checkpoint of a loaded one; left out, that which the run begins as.
-    """
-
-    loss_type: PreferenceLoss = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    reference: ReferenceKind | None = None
-    reference_model: str | None = None
-
-    def check(self) -> None:
-        """Refuse values that have no meaning.
-
-        Raises:
-            UserError: names the setting.
-        """
-        if self.loss_type not in get_args(PreferenceLoss):
-            raise UserError(f"loss_type is {self.loss_type!r}: take one of {', '.join(get_args(PreferenceLoss))}.")
-        if self.beta <= 0:
-            raise UserError(f"beta is {self.beta}: it is above 0.")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"label_smoothing is {self.label_smoothing}: it is at least 0 and below 0.5.")
-        if self.label_smoothing and self.loss_type != "sigmoid":
-            raise UserError(f"label_smoothing has no meaning with loss_type {self.loss_type}: leave it at 0.")
-        if self.reference_model is not None and self.reference != "loaded":
-            raise UserError(
-                f"reference_model is {self.reference_model}, and reference {self.reference or 'left out'}: only one "
-                "that is loaded is asked. Set reference to loaded, or leave reference_model out."
-            )
 
 
 def preference_losses(

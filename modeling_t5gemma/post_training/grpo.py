@@ -11,9 +11,8 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,91 +27,19 @@ from ..losses import IGNORED
 from ..training.checkpoints import step_of
 from ..training.curves import Panel
 from ..training.examples import ShuffledExamples
-from ..training.parts import Part
 from ..training.rows import Rows
-from .policy import (
-    PolicyLossType,
-    ScaleRewards,
-    advantages,
-    deviations,
-    policy_terms,
-    token_weights,
-)
+from ..training.settings import Part
+from .policy import advantages, deviations, policy_terms, token_weights
 from .preferences import Prompt, collate_answers
 from .reference import log_probabilities
-from .rewards import NamedReward, RewardSettings, score, weighted
+from .rewards import NamedReward, score, weighted
 from .rollouts import Answers, Sampling, sample
+from .settings import GrpoSettings
 from .tuned import TunedTrainer
 
 MicroBatch = dict[str, Any]
 Tables = list[npt.NDArray[np.float64]]
 KEPT_FILE = "rollouts-{rank}.safetensors"
-
-
-@dataclass
-class GrpoSettings:
-    """What is optimised; names and, but for ``rewards``, defaults as TRL's.
-
-    Attributes:
-        rewards: the functions, "module:function", "file.py:function" or a name of ``rewards.py``, or mappings of
-            function, weight and arguments.
-        num_generations: answers to a prompt, at least 2. (``training.per_device_train_batch_size`` counts prompts.)
-        max_completion_length: tokens at which an answer is cut off.
-        temperature, top_p: of sampling; the loss is of the model at this temperature.
-        loss_type: how tokens are weighted; see ``token_weights``.
-        scale_rewards: what advantages are divided by; see ``advantages``.
-        epsilon, epsilon_high: how far the ratio of probabilities may move below and above 1; epsilon_high is epsilon
-            if left out. Matters with num_iterations above 1 alone.
-        beta: weight of the divergence from the model that the run began as; 0 loads none, and an adapter is switched
-            off for it.
-        reference_model: a checkpoint to diverge from instead; without an adapter, left out, that which the run begins
-            as.
-        num_iterations: steps on the same answers.
-        mask_truncated_completions: learn nothing from answers that were cut off (arXiv 2503.14476, section 3.4).
-    """
-
-    rewards: list[str | RewardSettings] = field(default_factory=list)
-    num_generations: int = 8
-    max_completion_length: int = 256
-    temperature: float = 1.0
-    top_p: float = 1.0
-    loss_type: PolicyLossType = "dapo"
-    scale_rewards: ScaleRewards = "group"
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    beta: float = 0.0
-    reference_model: str | None = None
-    num_iterations: int = 1
-    mask_truncated_completions: bool = False
-
-    def check(self) -> None:
-        """Refuse values that have no meaning.
-
-        Raises:
-            UserError: names the setting.
-        """
-        if self.num_generations < 2:
-            raise UserError(f"num_generations is {self.num_generations}: a group has at least 2 answers to compare.")
-        for name, kind in (("loss_type", PolicyLossType), ("scale_rewards", ScaleRewards)):
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise UserError(f"{name} is {value!r}: take one of {', '.join(get_args(kind))}.")
-        if self.max_completion_length < 1 or self.num_iterations < 1:
-            raise UserError(
-                f"max_completion_length ({self.max_completion_length}) and num_iterations ({self.num_iterations}) "
-                "begin at 1."
-            )
-        if self.temperature <= 0 or not 0 < self.top_p <= 1:
-            raise UserError(f"temperature ({self.temperature}) is above 0, top_p ({self.top_p}) above 0 and up to 1.")
-        if not 0 < self.epsilon < 1 or (self.epsilon_high or self.epsilon) < 0 or self.beta < 0:
-            raise UserError(
-                f"epsilon ({self.epsilon}) is above 0 and below 1, epsilon_high ({self.epsilon_high}) and beta "
-                f"({self.beta}) are not negative."
-            )
-        if self.reference_model is not None and not self.beta:
-            raise UserError(
-                f"reference_model is {self.reference_model}, and with beta 0 no reference is asked: set beta above 0, "
-                "or leave reference_model out."
-            )
 
 
 class Prompts:

@@ -9,12 +9,10 @@ Shapes: N completions, group by group; G completions of one prompt; T tokens of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-ScaleRewards = Literal["group", "batch", "none"]
-PolicyLossType = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
+from .settings import PolicyLossType, ScaleRewards
 
 # Keeps an advantage finite where all rewards are the same; TRL's value.
 SMALL = 1e-4

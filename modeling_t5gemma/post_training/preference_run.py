@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,98 +16,19 @@ from ..errors import UserError
 from ..training.claims import claim, describe
 from ..training.examples import steps_of
 from ..training.loading import layout_of, load_student
-from ..training.parts import Part
-from ..training.settings import ModelSettings
 from ..training.tokenizing import load_tokenizer, vocabulary_of
 from .adapters import add_adapter
-from .dpo import DpoSettings, DpoTrainer
-from .grpo import GrpoSettings, GrpoTrainer
+from .dpo import DpoTrainer
+from .grpo import GrpoTrainer
 from .preferences import Loaded, held_out, load_pairs, load_prompts
 from .records import load_records, require_columns
 from .rendering import Renderer
 from .rewards import load_rewards
-from .settings import LoraSettings, RecordsSettings
+from .settings import DpoRun, DpoSettings, GrpoRun, GrpoSettings, PromptDataSettings, RecordsSettings
 from .sft_run import read_template
 
 Made = TypeVar("Made")
 Load = Callable[[Any, Renderer, str, int], tuple[list[Made], Loaded]]
-
-
-@dataclass
-class PromptDataSettings:
-    """Questions.
-
-    Attributes:
-        train: records to learn from, with the column prompt and those that reward functions ask for.
-        eval: records to measure on.
-        held_out: instead of those, so many examples of ``train``, evenly spread; they are not trained on.
-        columns: what columns are called in the records, such as {prompt: question}.
-        chat: make messages of plain questions (and answers), for a model that was tuned with a chat template.
-        max_source: tokens of a question.
-        chat_template: a file with a template, for a tokenizer that has none or another.
-        seed: decides the order, and what is sampled.
-        max_bad: unusable records that are skipped before the run is stopped.
-    """
-
-    train: RecordsSettings
-    eval: RecordsSettings | None = None
-    held_out: int = 0
-    columns: dict[str, str] = field(default_factory=dict)
-    chat: bool = False
-    max_source: int = 512
-    chat_template: str | None = None
-    seed: int = 0
-    max_bad: int = 100
-
-
-@dataclass
-class PairDataSettings(PromptDataSettings):
-    """Questions with two answers: the columns prompt, chosen and rejected, or chosen and rejected conversations.
-
-    Attributes:
-        max_target: tokens of an answer with its end.
-        others: as of ``PromptDataSettings``.
-    """
-
-    max_target: int = 512
-
-
-@dataclass
-class PolicySettings:
-    """How the model is trained, beside ``training``.
-
-    Attributes:
-        frozen: parts that stay as they are: embeddings, encoder, decoder, cross_attention.
-        encoder_bos: whether sources begin with the beginning-of-sequence token; left out, where cross-attention is
-            layerwise.
-    """
-
-    frozen: list[Part] = field(default_factory=list)
-    encoder_bos: bool | None = None
-
-
-@dataclass
-class DpoRun:
-    """All sections of a config file of examples/dpo.py; without ``lora`` every weight is trained."""
-
-    model: ModelSettings
-    data: PairDataSettings
-    training: TrainingArguments
-    dpo: DpoSettings = field(default_factory=DpoSettings)
-    tuning: PolicySettings = field(default_factory=PolicySettings)
-    lora: LoraSettings | None = None
-
-
-@dataclass
-class GrpoRun:
-    """All sections of a config file of examples/grpo.py; without ``lora`` every weight is trained."""
-
-    model: ModelSettings
-    data: PromptDataSettings
-    training: TrainingArguments
-    grpo: GrpoSettings = field(default_factory=GrpoSettings)
-    tuning: PolicySettings = field(default_factory=PolicySettings)
-    lora: LoraSettings | None = None
 
 
 def make_dpo_trainer(settings: DpoRun) -> DpoTrainer:

@@ -16,7 +16,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
+from .settings import RewardSettings
 
 Reward = Callable[..., Sequence[float | None]]
 # Arguments that every function gets, which no column may overwrite.
 TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "prompt", "completion")
-
-
-@dataclass
-class RewardSettings:
-    """One reward.
-
-    Attributes:
-        function: "module:function", "file.py:function", or the name of one of this module.
-        weight: what it counts in the sum.
-        arguments: further keywords that it is called with.
-    """
-
-    function: str
-    weight: float = 1.0
-    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

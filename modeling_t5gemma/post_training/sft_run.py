@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from ..training.claims import claim, describe
 from ..training.examples import ShuffledExamples, rows_of_an_epoch, steps_of
 from ..training.loading import layout_of, load_model, load_teacher
 from ..training.rows import Rows
-from ..training.settings import DistillationSettings, ModelSettings
 from ..training.tokenizing import load_tokenizer
 from ..training.trainer import Recipe
 from .adapters import add_adapter
@@ -28,25 +26,11 @@ from .encoding import Encoded, Examples, encode_records
 from .generated_metrics import Answering
 from .records import load_records
 from .rendering import Renderer
-from .settings import AnswerDataSettings, EvaluationSettings, LoraSettings, RecordsSettings, TuningSettings
+from .settings import AnswerDataSettings, RecordsSettings, SftSettings
 from .sft import DecoderOnlySftTrainer, SftTrainer
 
 
-@dataclass
-class Settings:
-    """All sections of a config file. ``training`` has the keys of transformers' ``Seq2SeqTrainingArguments``; without
-    ``lora`` every weight is trained."""
-
-    model: ModelSettings
-    data: AnswerDataSettings
-    training: TrainingArguments
-    distillation: DistillationSettings = field(default_factory=DistillationSettings)
-    tuning: TuningSettings = field(default_factory=TuningSettings)
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
-    lora: LoraSettings | None = None
-
-
-def make_trainer(settings: Settings) -> SftTrainer | DecoderOnlySftTrainer:
+def make_trainer(settings: SftSettings) -> SftTrainer | DecoderOnlySftTrainer:
     """Load, tokenise and check everything; nothing has been trained yet. ``training.max_steps`` is set from the number
     of epochs, unless it is given.
 
@@ -177,7 +161,7 @@ def _end_turns(model: PreTrainedModel, ends: list[int]) -> None:
     model.generation_config.eos_token_id = list(dict.fromkeys([*before, *ends]))
 
 
-def _load(settings: Settings) -> PreTrainedModel:
+def _load(settings: SftSettings) -> PreTrainedModel:
     if settings.lora is None or not settings.lora.four_bit:
         return load_model(settings.model)
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -213,7 +197,7 @@ def _rows(
     return rows
 
 
-def _answering(settings: Settings, renderer: Renderer, layout: Layout) -> Answering | None:
+def _answering(settings: SftSettings, renderer: Renderer, layout: Layout) -> Answering | None:
     how = settings.evaluation
     if how.generate < 0 or how.samples < 0 or how.num_beams < 1 or (how.max_new_tokens or 1) < 1:
         raise UserError(

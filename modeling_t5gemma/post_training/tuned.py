@@ -10,8 +10,9 @@ from typing import Any
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments
 
 from ..inference.adapters import BASE_FILE
-from ..training.parts import Part, freeze
+from ..training.parts import freeze
 from ..training.resumable import ResumableTrainer
+from ..training.settings import Part
 from .adapters import base_record
 from .reference import Reference, shard_reference
 

@@ -14,9 +14,9 @@ import torch
 
 from ..errors import UserError
 from ..training.sources import import_datasets
+from .settings import HUB
 from .tasks import Case, Row, Task, Text
 
-HUB = "aps/super_glue"
 # By the official name of a split, the Hub's.
 SPLITS = {"train": "train", "val": "validation", "test": "test"}
 

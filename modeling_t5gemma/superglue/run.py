@@ -28,8 +28,8 @@ from ..training.examples import steps_of
 from ..training.resumable import NonFiniteLoss
 from .data import Example, encode, has_test_split, read_cases
 from .models import Checkpoint
-from .search import How, Setting, check_space, search
-from .settings import DataSettings, HeadSettings, SpaceSettings
+from .search import Setting, check_space, search
+from .settings import DataSettings, HeadSettings, How, SpaceSettings
 from .submission import submission
 from .tasks import Task
 from .trainer import ClassificationTrainer

@@ -7,15 +7,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..errors import UserError
-from .settings import SpaceSettings
-
-How = Literal["grid", "optuna"]
+from .settings import How, SpaceSettings
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .data import HUB
+HUB = "aps/super_glue"
+How = Literal["grid", "optuna"]
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import nn
@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from ..cross_attention import KEY_VALUES, is_cross_attention, kind_of
 from ..errors import UserError
+from .settings import Part
 
-Part = Literal["embeddings", "encoder", "decoder", "cross_attention"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers import Seq2SeqTrainingArguments as TrainingArguments
 
 from ..collators import Layout
 from ..errors import UserError
@@ -19,7 +17,7 @@ from .loading import layout_of, load_student, load_teacher
 from .papers import copy_papers
 from .resumable import ResumableTrainer
 from .rows import Rows
-from .settings import DataSettings, DistillationSettings, ModelSettings, ObjectiveSettings, RecipeSettings
+from .settings import AdaptSettings, DataSettings
 from .teacher import Distillation
 from .text import samples_of
 from .tokenizing import load_tokenizer
@@ -28,19 +26,7 @@ from .trainer import AdaptationTrainer, Recipe
 ALONE_WHERE_DRAWN = 1000  # "Encoder-Decoder Gemma" (arXiv 2504.06225), section 3
 
 
-@dataclass
-class Settings:
-    """All sections of a config file. ``training`` has the keys of transformers' ``Seq2SeqTrainingArguments``."""
-
-    model: ModelSettings
-    data: DataSettings
-    training: TrainingArguments
-    objective: ObjectiveSettings = field(default="prefix_lm", metadata={"help": "docs/training.md has the forms"})
-    distillation: DistillationSettings = field(default_factory=DistillationSettings)
-    recipe: RecipeSettings = field(default_factory=RecipeSettings)
-
-
-def make_trainer(settings: Settings) -> AdaptationTrainer:
+def make_trainer(settings: AdaptSettings) -> AdaptationTrainer:
     """Load, tokenise and check everything; nothing has been trained yet.
 
     Raises:
@@ -140,7 +126,7 @@ def _check_lengths(
             )
 
 
-def _sentinels(settings: Settings, tokenizer: Any) -> tuple[int, ...]:
+def _sentinels(settings: AdaptSettings, tokenizer: Any) -> tuple[int, ...]:
     if settings.recipe.sentinels is not None:
         return tuple(settings.recipe.sentinels)
     stored = load_sentinels(Path(settings.model.path)) if Path(settings.model.path).is_dir() else None
@@ -152,7 +138,7 @@ def _sentinels(settings: Settings, tokenizer: Any) -> tuple[int, ...]:
         return ()  # only an objective that needs them refuses
 
 
-def _recipe(settings: Settings) -> Recipe:
+def _recipe(settings: AdaptSettings) -> Recipe:
     recipe = settings.recipe
     alone = recipe.alone
     if alone is None:

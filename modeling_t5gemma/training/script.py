@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser
+from transformers import Seq2SeqTrainingArguments
 
 from ..errors import UserError
 
@@ -27,7 +28,7 @@ def parser(settings: type, description: str) -> ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("--config", action="config", help="a YAML file with these sections")
-    hints = get_type_hints(settings)
+    hints = get_type_hints(settings, localns={"TrainingArguments": Seq2SeqTrainingArguments})
     for section in dataclasses.fields(settings):
         options: dict[str, Any] = {"type": hints[section.name], **section.metadata}
         if section.default_factory is not dataclasses.MISSING:

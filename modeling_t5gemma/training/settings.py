@@ -1,12 +1,17 @@
-"""What a training run is told: the sections of a config file, each a dataclass whose fields are its keys."""
+"""What a training run is told: the sections of a config file, each a dataclass whose fields are its keys.
+
+Nothing here imports torch or transformers, so that an option is explained or refused at once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ..losses import Divergence
-from .parts import Part
+if TYPE_CHECKING:
+    from transformers import Seq2SeqTrainingArguments as TrainingArguments
+
+Part = Literal["embeddings", "encoder", "decoder", "cross_attention"]
 
 
 @dataclass
@@ -88,7 +93,7 @@ class DistillationSettings:
         share: weight of the divergence against 1 - share of cross-entropy with the text.
     """
 
-    divergence: Divergence = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = "forward_kl"
     temperature: float = 1.0
     share: float = 1.0
 
@@ -120,3 +125,15 @@ class RecipeSettings:
 
 # An objective is a name, a mapping or a list of stages: see ``objectives.schedule_from``.
 ObjectiveSettings = str | dict[str, Any] | list[dict[str, Any]]
+
+
+@dataclass
+class AdaptSettings:
+    """All sections of a config file. ``training`` has the keys of transformers' ``Seq2SeqTrainingArguments``."""
+
+    model: ModelSettings
+    data: DataSettings
+    training: TrainingArguments
+    objective: ObjectiveSettings = field(default="prefix_lm", metadata={"help": "docs/training.md has the forms"})
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
+    recipe: RecipeSettings = field(default_factory=RecipeSettings)

@@ -19,9 +19,10 @@ from ..losses import SampledTarget, Target
 from .curves import Panel
 from .evaluation import HeldOutLoss, evaluate_student, evaluate_teacher
 from .mixture import Sample
-from .parts import PARTS, Part, freeze, groups, parameters_of
+from .parts import PARTS, freeze, groups, parameters_of
 from .resumable import Batches, ResumableTrainer
 from .rows import Rows
+from .settings import Part
 from .teacher import Teacher, shard
 
 

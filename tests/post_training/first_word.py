@@ -15,11 +15,12 @@ import torch
 from transformers import Seq2SeqTrainingArguments
 
 from modeling_t5gemma.collators import Layout
-from modeling_t5gemma.post_training.dpo import DpoSettings, DpoTrainer
-from modeling_t5gemma.post_training.grpo import GrpoSettings, GrpoTrainer
+from modeling_t5gemma.post_training.dpo import DpoTrainer
+from modeling_t5gemma.post_training.grpo import GrpoTrainer
 from modeling_t5gemma.post_training.preferences import PreferencePair, Prompt, collate_answers
 from modeling_t5gemma.post_training.reference import log_probabilities
 from modeling_t5gemma.post_training.rewards import NamedReward
+from modeling_t5gemma.post_training.settings import DpoSettings, GrpoSettings
 from tests import tiny
 
 LAYOUT = Layout(0, 2, 2, 2)

@@ -12,7 +12,7 @@ from modeling_t5gemma.collators import Layout
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.lora import lora_config
 from modeling_t5gemma.losses import IGNORED
-from modeling_t5gemma.post_training.dpo import DpoSettings, preference_facts, preference_losses
+from modeling_t5gemma.post_training.dpo import preference_facts, preference_losses
 from modeling_t5gemma.post_training.preferences import (
     collate_answers,
     held_out,
@@ -21,6 +21,7 @@ from modeling_t5gemma.post_training.preferences import (
 )
 from modeling_t5gemma.post_training.reference import Reference, log_probabilities, without_adapter
 from modeling_t5gemma.post_training.rendering import Renderer
+from modeling_t5gemma.post_training.settings import DpoSettings
 from modeling_t5gemma.training.checkpoints import find
 from tests import tiny
 from tests.post_training import first_word

@@ -24,10 +24,11 @@ from modeling_t5gemma.post_training.settings import (
     EvaluationSettings,
     LoraSettings,
     RecordsSettings,
+    SftSettings,
     TuningSettings,
 )
 from modeling_t5gemma.post_training.sft import DecoderOnlySftTrainer, SftTrainer
-from modeling_t5gemma.post_training.sft_run import Settings, make_trainer
+from modeling_t5gemma.post_training.sft_run import make_trainer
 from modeling_t5gemma.training.checkpoints import find
 from modeling_t5gemma.training.loading import layout_of
 from modeling_t5gemma.training.settings import DistillationSettings, ModelSettings
@@ -85,7 +86,7 @@ def make(
     path = write(folder / "records.jsonl", words(24) if records is None else records)
     defaults = {"max_steps": 6, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "save_steps": 2}
     return make_trainer(
-        Settings(
+        SftSettings(
             ModelSettings(model or saved(folder / kind, kind), teacher=teacher, teacher_dtype="float32"),
             AnswerDataSettings(
                 RecordsSettings(path),
