@@ -9,6 +9,8 @@ FLOOR := .venv-floor
 RUN := $(VENV)/bin/python
 
 MAKEFLAGS += --no-print-directory
+# Each process would compile all of torch and transformers again: five seconds each, with a hundred of them.
+unexport PYTHONDONTWRITEBYTECODE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-floor lint format docs bench clean
@@ -20,10 +22,10 @@ demo: $(VENV)/.demo $(VENV)/.text ## convert, verify and adapt a real Gemma 3 27
 	$(RUN) examples/demo.py --arch $(ARCH) $(ARGS)
 
 test: lint ## lint, then the tests (ARGS="-k mask", ARGS=--slow, WORKERS=4)
-	$(RUN) -m pytest -n $(WORKERS) $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-floor: $(FLOOR)/.test ## the tests on the oldest versions that setup.cfg allows
-	$(FLOOR)/bin/python -m pytest -n $(WORKERS) $(ARGS)
+	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev ## ruff, mypy, import-linter
 	$(VENV)/bin/ruff check .

@@ -27,6 +27,8 @@ import huggingface_hub.constants  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import tests.warm  # noqa: E402, F401  # the server starts with the session
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

@@ -1,0 +1,93 @@
+"""What tests share: WARM_PYTHON is a Python (arguments, streams, folder, exit codes, signals); folders made once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.session import made_once
+from tests.warm import WARM_PYTHON
+
+SCRIPT = "import os, sys; print(sys.argv, sys.stdin.read(), os.getcwd(), os.environ['GIVEN'], file=sys.stderr)"
+
+
+@pytest.mark.parametrize("how", ["-c", "-m", "script"])
+def test_it_runs_what_a_python_runs(how: str, tmp_path: Path):
+    (tmp_path / "told.py").write_text(f"{SCRIPT}\nif __name__ == '__main__':\n    raise SystemExit(3)\n")
+    command = {"-c": ["-c", (tmp_path / "told.py").read_text()], "-m": ["-m", "told"], "script": ["told.py"]}[how]
+    done = [
+        subprocess.run(
+            [python, "-u", *command, "an argument", "--option"],
+            input="über",
+            cwd=tmp_path,
+            env={**os.environ, "GIVEN": "yes"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for python in (sys.executable, WARM_PYTHON)
+    ]
+    assert done[0].returncode == 3 and "--option" in done[0].stderr and str(tmp_path) in done[0].stderr
+    assert [vars(each) | {"args": None} for each in done[:1]] == [vars(each) | {"args": None} for each in done[1:]]
+
+
+def test_a_forked_model_computes_what_this_process_does(tmp_path: Path):
+    """Threads of torch that a fork had lost would hang."""
+    code = """
+import torch
+torch.manual_seed(0)
+a = torch.randn(300, 300, requires_grad=True)
+(a @ a).relu().sum().backward()
+print(a.grad.double().sum().item())
+"""
+    namespace: dict[str, object] = {"print": lambda value: namespace.update(here=value)}
+    exec(code, namespace)
+    done = subprocess.run([WARM_PYTHON, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert float(done.stdout) == namespace["here"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_signals_reach_the_program(number: signal.Signals, tmp_path: Path):
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    process = subprocess.Popen([WARM_PYTHON, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    program = int(process.stdout.readline())
+    process.send_signal(number)
+    process.communicate(timeout=30)  # the program's end closes the pipe
+    assert process.returncode == -number
+    with pytest.raises(ProcessLookupError):
+        for _ in range(1000):
+            os.kill(program, 0)
+            time.sleep(0.01)  # until its parent has taken note
+
+
+def test_what_is_read_at_import_cannot_be_given():
+    done = subprocess.run(
+        [WARM_PYTHON, "-c", "1"],
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and done.stderr.startswith("HF_ENDPOINT has been read already")
+
+
+def test_what_is_made_once_is_made_again_after_a_failure():
+    made = []
+
+    def make(folder: Path) -> None:
+        made.append(folder)
+        if len(made) == 1:
+            raise ValueError
+        (folder / "file").write_text("text")
+
+    with pytest.raises(ValueError):
+        made_once("a folder of this test", make)
+    folders = {made_once("a folder of this test", make) for _ in range(3)}
+    assert len(made) == 2 and (folders.pop() / "file").read_text() == "text" and not folders
