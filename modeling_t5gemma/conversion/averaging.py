@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from modeling_t5gemma.conversion.source import read_headers, read_json
 from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
-from modeling_t5gemma.conversion.streaming import TensorToWrite, write_index, write_safetensors
-from modeling_t5gemma.conversion.tensors import StoredTensor, nbytes, row_ranges
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io.safetensors_files import TensorToWrite, read_headers, write_index, write_safetensors
+from modeling_t5gemma.io.tensors import StoredTensor, nbytes, row_ranges
+from modeling_t5gemma.io.text_files import read_json
 
 # What only the run that wrote a checkpoint needs.
 _OF_THE_RUN = ("optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "training_args.bin", "complete.json",

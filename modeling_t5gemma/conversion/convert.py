@@ -12,17 +12,17 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from modeling_t5gemma.conversion import hub
 from modeling_t5gemma.conversion.documents import write_documents
 from modeling_t5gemma.conversion.options import DTYPES, ConversionOptions
 from modeling_t5gemma.conversion.plan import Constant, Copied, Drawn, Plan, Write, build_plan
 from modeling_t5gemma.conversion.source import Source, resolve_source
 from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
-from modeling_t5gemma.conversion.streaming import TensorToWrite, write_index, write_safetensors
 from modeling_t5gemma.conversion.target import Target, build_target
-from modeling_t5gemma.conversion.tensors import constant_chunks, drawn_chunks, repeated_chunks, stored_chunks
 from modeling_t5gemma.conversion.tokenizers import chat_template, check_same_vocabulary, write_tokenizer
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io import hub
+from modeling_t5gemma.io.safetensors_files import TensorToWrite, write_index, write_safetensors
+from modeling_t5gemma.io.tensors import constant_chunks, drawn_chunks, repeated_chunks, stored_chunks
 
 
 class Prepared(NamedTuple):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from modeling_t5gemma.conversion.tensors import GgufTensor
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io.tensors import GgufTensor
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -11,14 +11,14 @@ from typing import Any
 from transformers import AutoConfig
 
 from modeling_t5gemma.configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
-from modeling_t5gemma.conversion import hub
 from modeling_t5gemma.conversion.documents import RECORD_FILE
-from modeling_t5gemma.conversion.source import read_json
-from modeling_t5gemma.conversion.streaming import read_header
 from modeling_t5gemma.conversion.target import expected_tensors
-from modeling_t5gemma.conversion.tensors import DTYPE_CODES
 from modeling_t5gemma.cross_attention import is_cross_attention
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io import hub
+from modeling_t5gemma.io.safetensors_files import read_header
+from modeling_t5gemma.io.tensors import DTYPE_CODES
+from modeling_t5gemma.io.text_files import read_json
 
 PARTS = ("encoder embedding", "encoder", "decoder embedding", "decoder", "cross-attention", "head")
 _BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}

@@ -22,9 +22,9 @@ from modeling_t5gemma.conversion.target import (
     expected_tensors,
     stack_configs,
 )
-from modeling_t5gemma.conversion.tensors import nbytes
 from modeling_t5gemma.cross_attention import is_cross_attention
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io.tensors import nbytes
 
 
 @dataclass(frozen=True)

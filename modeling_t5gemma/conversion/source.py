@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from modeling_t5gemma.conversion import hub
 from modeling_t5gemma.conversion.families import FAMILIES
 from modeling_t5gemma.conversion.family import Family
-from modeling_t5gemma.conversion.streaming import read_header, weight_dtype
-from modeling_t5gemma.conversion.tensors import RemoteTensor, StoredTensor
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io import hub
+from modeling_t5gemma.io.safetensors_files import read_headers, weight_dtype
+from modeling_t5gemma.io.tensors import RemoteTensor, StoredTensor
+from modeling_t5gemma.io.text_files import read_json
 
-INDEX_FILE = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -93,23 +91,6 @@ def resolve_source(
     return _open_folder(folder, repo, commit, looked_up)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: it is missing or does not hold a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing. Give a folder that holds a whole checkpoint.") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object. Download it again.")
-    return value
-
-
 def _open_local(path: Path, name: str, commit: str | None) -> Source:
     if path.is_dir():
         ggufs = sorted(path.glob("*.gguf"))
@@ -175,42 +156,6 @@ def _family_of(config: dict[str, Any], file: Path) -> Family:
     supported = ", ".join(architecture for family in FAMILIES.values() for architecture in family.architectures)
     seen = ", ".join(architectures) or f"model_type {config.get('model_type')!r}"
     raise UserError(f"{file} describes {seen}, which cannot be converted. Supported: {supported}.")
-
-
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    tensors: dict[str, StoredTensor] = {}
-    for shard, listed in _shards(folder).items():
-        found = read_header(folder / shard)
-        if listed is not None and listed != set(found):
-            odd = sorted(listed ^ set(found))[0]
-            raise UserError(f"{folder / INDEX_FILE} and {shard} disagree about {odd}. Download both again.")
-        tensors.update(found)
-    return tensors
-
-
-def _shards(folder: Path) -> dict[str, set[str] | None]:
-    """The weight files of a folder, each with the tensors that its index says it holds (None without an index)."""
-    index_file = folder / INDEX_FILE
-    if index_file.exists():
-        weight_map = read_json(index_file).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{index_file} has no weight_map. Download it again.")
-        shards: dict[str, set[str] | None] = {}
-        for tensor, shard in weight_map.items():
-            if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard:
-                raise UserError(f"{index_file} names {shard!r}, which is no file of its own folder. Do not trust it.")
-            listed = shards.setdefault(shard, set())
-            assert listed is not None
-            listed.add(tensor)
-        return shards
-    if (folder / "model.safetensors").exists():
-        return {"model.safetensors": None}
-    if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
-        raise UserError(
-            f"{folder / pickles[0]} is a pickle, which can run code when it is read. Give a safetensors checkpoint "
-            "(transformers' save_pretrained writes one)."
-        )
-    raise UserError(f"{folder} has neither model.safetensors nor {INDEX_FILE}. Give a folder with the weights.")
 
 
 def _sort(family: Family, names: list[str], translate: Any, where: Path) -> tuple[dict[str, str], dict[str, str]]:

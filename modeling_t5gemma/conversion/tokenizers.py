@@ -11,8 +11,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from modeling_t5gemma.conversion.source import Source, read_json
+from modeling_t5gemma.conversion.source import Source
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io.text_files import read_json
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 _FILES = (

@@ -31,10 +31,11 @@ from modeling_t5gemma.conversion.reference import (
     only_layers,
     outputs_of,
 )
-from modeling_t5gemma.conversion.source import Source, read_json, resolve_source
-from modeling_t5gemma.conversion.streaming import read_header
+from modeling_t5gemma.conversion.source import Source, resolve_source
 from modeling_t5gemma.cross_attention import KEY_VALUES, kind_of
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io.safetensors_files import read_header
+from modeling_t5gemma.io.text_files import read_json
 from modeling_t5gemma.modeling_t5gemma import AdaptedSeq2SeqForConditionalGeneration
 
 # A difference passes up to this many noise floors: the two sum in different orders in every layer, the floor's run

@@ -18,8 +18,8 @@ from ..conversion.documents import RECORD_FILE
 from ..conversion.families import FAMILIES
 from ..conversion.families.gemma import GEMMA_TERMS
 from ..conversion.family import Legal
-from ..conversion.source import read_json
 from ..errors import UserError
+from ..io.text_files import read_json
 from ..training.claims import RUN_FILE
 from ..training.papers import local_path, run_of
 from ..training.teacher_cache import INDEX as TEACHER_CACHE_INDEX

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..conversion.source import read_json
+from ..io.text_files import read_json
 from ..training.claims import RUN_FILE
 from .results import Result
 from .settings import on_hub

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..conversion.convert import hub_code_files
 from ..conversion.documents import RECORD_FILE
-from ..conversion.source import read_json
+from ..io.text_files import read_json
 from ..objectives import SENTINELS_FILE
 from .card import make_card
 from .lineage import trace

@@ -17,8 +17,8 @@ from typing import Any
 from huggingface_hub import EvalResult, EvalResultEntry, eval_result_entries_to_yaml
 from huggingface_hub.utils import yaml_dump  # type: ignore[attr-defined]  # looked up when it is imported
 
-from ..conversion.source import read_json
 from ..errors import UserError
+from ..io.text_files import read_json
 
 SUPERGLUE = "aps/super_glue"
 

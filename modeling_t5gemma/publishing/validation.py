@@ -17,11 +17,12 @@ from transformers import AutoConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
-from ..conversion.source import read_headers, read_json
 from ..conversion.target import expected_tensors
 from ..errors import UserError
 from ..inference.adapters import ADAPTER_CONFIG
 from ..inference.loading import Checkpoint, load_checkpoint
+from ..io.safetensors_files import read_headers, weight_files
+from ..io.text_files import read_json
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 _TEXT = "The encoder reads this text, and the decoder goes on from it."
@@ -86,7 +87,7 @@ def validate(folder: Path) -> Validated:
         _check_stock(folder, own, inputs, dtype, device)
     return Validated(
         config,
-        tuple(sorted({folder / name for name in _files(folder)})),
+        tuple(sorted(weight_files(folder))),
         sum(math.prod(tensor.shape) for tensor in tensors.values()),
         tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
         needs_code,
@@ -205,8 +206,3 @@ def _check_stock(
             f"transformers' own T5Gemma {what}, relative to the largest, from what {folder} computes here: whoever "
             "loads it without this package gets another model in silence. Convert it to 'adapted_seq2seq'."
         )
-
-
-def _files(folder: Path) -> set[str]:
-    index = folder / "model.safetensors.index.json"
-    return set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}

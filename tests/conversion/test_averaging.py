@@ -11,9 +11,9 @@ from transformers import AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
 from modeling_t5gemma.cli import app
-from modeling_t5gemma.conversion import tensors
 from modeling_t5gemma.conversion.averaging import average
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io import tensors
 from modeling_t5gemma.training.checkpoints import complete
 from tests import tiny
 

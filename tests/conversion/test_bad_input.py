@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_t5gemma import cli
-from modeling_t5gemma.conversion.source import INDEX_FILE
+from modeling_t5gemma.io.safetensors_files import INDEX_FILE
 from tests.conversion.tiny import VOCABULARY, save_tokenizer
 
 ROOT = Path(__file__).parents[2]

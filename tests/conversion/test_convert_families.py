@@ -230,7 +230,7 @@ class TestVerify:
 
     def test_a_checkpoint_that_fails_never_appears(self, sources, convert, monkeypatch, tmp_path):
         """And the message names the folder that was asked for, not the one that was written to."""
-        from modeling_t5gemma.conversion import tensors
+        from modeling_t5gemma.io import tensors
 
         read = tensors.SafetensorsTensor.rows
         monkeypatch.setattr(tensors.SafetensorsTensor, "rows", lambda *at: read(*at).roll(1, dims=0))

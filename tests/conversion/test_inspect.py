@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 import modeling_t5gemma as m
 from modeling_t5gemma.cli import app
 from modeling_t5gemma.commands.inspect import notes, parameters_table, stacks_table
-from modeling_t5gemma.conversion import hub
 from modeling_t5gemma.conversion.inspection import PARTS, inspect_checkpoint
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io import hub
 
 
 def cells(table) -> dict[str, list[str]]:

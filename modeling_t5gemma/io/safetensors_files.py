@@ -11,21 +11,18 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modeling_t5gemma.conversion.tensors import (
-    DTYPE_CODES,
-    FLOAT_DTYPES,
-    FileRange,
-    SafetensorsTensor,
-    nbytes,
-)
-from modeling_t5gemma.errors import UserError
+from ..errors import UserError
+from .tensors import DTYPE_CODES, FLOAT_DTYPES, FileRange, SafetensorsTensor, nbytes
+from .text_files import read_json
 
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # One call to the kernel, so that the progress bar moves.
 _COPY_BYTES = 64 << 20
 # What copy_file_range says where it does not exist for this pair of files.
@@ -42,32 +39,58 @@ class TensorToWrite:
     content: FileRange | Callable[[], Iterable[torch.Tensor]]
 
 
+def read_headers(folder: Path) -> dict[str, SafetensorsTensor]:
+    """The tensors of a checkpoint's files of weights by name, without reading their data.
+
+    Raises:
+        UserError: there are none, as ``read_header``, or the index and the files disagree.
+    """
+    tensors: dict[str, SafetensorsTensor] = {}
+    for shard, listed in _shards(folder).items():
+        found = read_header(folder / shard)
+        if listed is not None and listed != set(found):
+            odd = sorted(listed ^ set(found))[0]
+            raise UserError(f"{folder / INDEX_FILE} and {shard} disagree about {odd}. Download both again.")
+        tensors.update(found)
+    return tensors
+
+
+def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors by name, whatever their dtype.
+
+    Raises:
+        UserError: as ``read_headers``, but for dtypes.
+    """
+    return {
+        name: tuple(entry["shape"]) for shard in _shards(folder) for name, entry in _entries(folder / shard)[1].items()
+    }
+
+
 def read_header(path: Path) -> dict[str, SafetensorsTensor]:
     """The tensors of a safetensors file by name, without reading their data.
 
     Raises:
         UserError: the file is missing, cut short or damaged, or holds a tensor that is none of ``FLOAT_DTYPES``.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is missing. Download the checkpoint again.")
-    try:
-        with safe_open(path, framework="numpy"):  # checks the header against the file's size
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}). Download it again.") from error
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+    begin, entries = _entries(path)
     return {
         name: SafetensorsTensor(
             path,
-            8 + length + entry["data_offsets"][0],
+            begin + entry["data_offsets"][0],
             tuple(entry["shape"]),
             weight_dtype(entry["dtype"], name, str(path)),
         )
-        for name, entry in header.items()
+        for name, entry in entries.items()
     }
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights that a checkpoint's index names, or its only one.
+
+    Raises:
+        UserError: there are none.
+    """
+    return [folder / name for name in _shards(folder)]
 
 
 def weight_dtype(code: str, name: str, where: str) -> torch.dtype:
@@ -125,6 +148,47 @@ def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) ->
     """The index of a sharded checkpoint: tensor name to file name."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _entries(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where a file's data begin, and its header's entry for each tensor."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is missing. Download the checkpoint again.")
+    try:
+        with safe_open(path, framework="numpy"):  # checks the header against the file's size
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}). Download it again.") from error
+    header.pop("__metadata__", None)
+    return 8 + length, header
+
+
+def _shards(folder: Path) -> dict[str, set[str] | None]:
+    """The weight files of a folder, each with the tensors that its index says it holds (None without an index)."""
+    index_file = folder / INDEX_FILE
+    if os.path.lexists(index_file):
+        weight_map = read_json(index_file).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{index_file} has no weight_map. Download it again.")
+        shards: dict[str, set[str] | None] = {}
+        for tensor, shard in weight_map.items():
+            if not isinstance(shard, str) or PurePosixPath(shard).name != shard or "\\" in shard:
+                raise UserError(f"{index_file} names {shard!r}, which is no file of its own folder. Do not trust it.")
+            listed = shards.setdefault(shard, set())
+            assert listed is not None
+            listed.add(tensor)
+        return shards
+    if os.path.lexists(folder / "model.safetensors"):
+        return {"model.safetensors": None}
+    if pickles := sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern)):
+        raise UserError(
+            f"{folder / pickles[0]} is a pickle, which can run code when it is read. Give a safetensors checkpoint "
+            "(transformers' save_pretrained writes one)."
+        )
+    raise UserError(f"{folder} has neither model.safetensors nor {INDEX_FILE}. Give a folder with the weights.")
 
 
 def _write(file: IO[bytes], data: bytes | memoryview) -> None:

@@ -1,0 +1,1 @@
+"""Files, folders and the Hub: what goes in and out whole or not at all."""

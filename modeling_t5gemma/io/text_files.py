@@ -1,0 +1,70 @@
+"""Small text files of a checkpoint or a run, whoever wrote them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+# The largest of a checkpoint's text files are its tokenizer's: Gemma 3's has 33 MB.
+_LARGEST = 256 << 20
+_DEEPEST = 64
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file, UTF-8 with or without a byte order mark.
+
+    Raises:
+        UserError: it is missing, no regular file (nothing is read of a pipe or a device), too large, or not UTF-8.
+    """
+    check_regular(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise UserError(f"{path} has more than {_LARGEST >> 20} MB, which is no such file. Download it again.")
+        return content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text ({error}). Download it again.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: as ``read_text``, or it does not hold a JSON object, or one that is nested too deeply.
+    """
+    try:
+        value = json.loads(read_text(path))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object. Download it again.")
+    if not _is_shallow(value, _DEEPEST):
+        raise UserError(f"{path} is nested deeper than {_DEEPEST} levels, which is no such file. Download it again.")
+    return value
+
+
+def check_regular(path: Path) -> None:
+    """Make sure that a path leads to a regular file.
+
+    Raises:
+        UserError: it is missing, a folder, a pipe or a device, or its name is none.
+    """
+    if os.path.isfile(path):  # False too where Path.is_file() raises: names too long, loops of links
+        return
+    if os.path.lexists(path):
+        raise UserError(f"{path} is no regular file. Download it again.")
+    raise UserError(f"{path} is missing. Give a folder that holds a whole checkpoint.")
+
+
+def _is_shallow(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return True
+    inner = value.values() if isinstance(value, dict) else value
+    return levels > 0 and all(_is_shallow(each, levels - 1) for each in inner)
