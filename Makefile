@@ -9,7 +9,7 @@ FLOOR := .venv-floor
 RUN := $(VENV)/bin/python
 
 MAKEFLAGS += --no-print-directory
-# Each process would compile all of torch and transformers again: five seconds each, with a hundred of them.
+# Where it is set, each process of the tests compiles all of torch and transformers again, which takes it seconds.
 unexport PYTHONDONTWRITEBYTECODE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:

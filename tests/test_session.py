@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,15 @@ print(a.grad.double().sum().item())
     exec(code, namespace)
     done = subprocess.run([WARM_PYTHON, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert float(done.stdout) == namespace["here"]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_processes_of_multiprocessing_are_forks_too(method: str):
+    with ProcessPoolExecutor(2, multiprocessing.get_context(method)) as pool:
+        command = pool.submit(Path.read_text, Path("/proc/self/cmdline")).result()
+    assert "server.py" in command
+    code = "import multiprocessing as m; print(m.get_context('spawn').Pool(1).map(len, ['abc']))"
+    assert subprocess.run([WARM_PYTHON, "-c", code], capture_output=True, check=True).stdout == b"[3]\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

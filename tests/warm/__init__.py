@@ -4,11 +4,14 @@
 or ``-c code`` with the arguments, environment, folder and streams that it is given, and dies of the signals that it is
 sent. It is a fork of a server, which the first such process has filled: a fresh interpreter spends five to ten seconds
 of CPU time on its imports, a fork a tenth of one. What modules read while they are imported (``HF_ENDPOINT``) is the
-server's: a test that sets such a thing, or that is about imports, takes ``sys.executable``.
+server's: a test that sets such a thing, or that is about imports, takes ``sys.executable``. Processes that
+``multiprocessing`` starts, in a test or below one, are of this kind.
 """
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shlex
 import socket
 import subprocess
@@ -38,3 +41,5 @@ def _start() -> subprocess.Popen:
 
 if BEGINS_HERE:
     _server = _start()
+os.environ["T5GEMMA_TEST_PYTHON"] = WARM_PYTHON
+multiprocessing.set_executable(WARM_PYTHON)

@@ -8,13 +8,22 @@ import struct
 import sys
 
 
+def is_inherited(number: int) -> bool:
+    try:
+        return os.get_inheritable(number)
+    except OSError:  # the one that the list was read from
+        return False
+
+
 def main() -> None:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(sys.argv[1])
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda number, frame: connection.sendall(bytes([number])))
-    request = json.dumps({"argv": sys.argv[2:], "env": dict(os.environ), "cwd": os.getcwd()}).encode()
-    socket.send_fds(connection, [struct.pack("I", len(request))], [0, 1, 2])
+    numbers = sorted(number for number in map(int, os.listdir("/dev/fd")) if number < 3 or is_inherited(number))
+    given = {"argv": sys.argv[2:], "env": dict(os.environ), "cwd": os.getcwd(), "numbers": numbers}
+    request = json.dumps(given).encode()
+    socket.send_fds(connection, [struct.pack("I", len(request))], numbers)
     connection.sendall(request)
     (code,) = struct.unpack("i", connection.recv(4, socket.MSG_WAITALL))
     if code < 0:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import runpy
@@ -24,7 +26,7 @@ import types
 # Others' modules that programs import once they have read their options.
 LATE = ("accelerate.commands.launch", "datasets", "matplotlib.pyplot", "torch.distributed.run")
 # Read while modules are imported, and some are set by them. Each worker of the tests has an HF_HOME of its own.
-READ_ONCE = ("HF_", "OMP_", "PYTHONPATH", "TRANSFORMERS_")
+READ_ONCE = ("HF_", "MALLOC_", "OMP_", "PYTHONPATH", "TRANSFORMERS_")
 ENVIRONMENT = dict(os.environ)
 
 
@@ -61,7 +63,7 @@ def serve(descriptor: str, root: str) -> list[str]:
 def attend(connection: socket.socket) -> list[str]:
     """Fork a client's program, pass the client's signals on to it, and its end to the client."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    size, descriptors, _, _ = socket.recv_fds(connection, 4, 3)
+    size, descriptors, _, _ = socket.recv_fds(connection, 4, 250)
     request = json.loads(connection.recv(*struct.unpack("I", size), socket.MSG_WAITALL))
     pid = os.fork()
     if pid == 0:
@@ -83,11 +85,15 @@ def attend(connection: socket.socket) -> list[str]:
     os._exit(0)
 
 
-def become(descriptors: list[int], argv: list[str], env: dict[str, str], cwd: str) -> list[str]:
-    """Take over the client's streams, environment and folder."""
-    for number, (descriptor, name) in enumerate(zip(descriptors, ("stdin", "stdout", "stderr"))):
+def become(descriptors: list[int], numbers: list[int], argv: list[str], env: dict[str, str], cwd: str) -> list[str]:
+    """Take over what the client was given: open files under their numbers, environment and folder."""
+    above = max(numbers) + 1
+    moved = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, above) for descriptor in descriptors]
+    for number, descriptor in zip(numbers, moved, strict=True):
         os.dup2(descriptor, number)
+    for descriptor in {*descriptors, *moved} - {*numbers}:
         os.close(descriptor)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
         buffering = 1 if name == "stderr" or env.get("PYTHONUNBUFFERED") else -1
         stream = open(number, "w" if number else "r", buffering, encoding="utf-8", closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
@@ -98,13 +104,14 @@ def become(descriptors: list[int], argv: list[str], env: dict[str, str], cwd: st
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
+    multiprocessing.set_executable(env["T5GEMMA_TEST_PYTHON"])
     return argv
 
 
 def run(argv: list[str]) -> None:
     """As the interpreter does it."""
     first, *rest = argv
-    if first == "-u":
+    if first in ("-B", "-u"):
         run(rest)
     elif first == "-c":
         main = sys.modules["__main__"] = types.ModuleType("__main__")
