@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from modeling_t5gemma.conversion.options import ConversionOptions
 from modeling_t5gemma.conversion.verification import Verification, measure, verify_checkpoint
 from modeling_t5gemma.errors import UserError
 from tests.conversion.tiny import write_gguf
+from tests.warm import WARM_PYTHON
 
 FAMILIES = ["gemma", "gemma2", "gemma3"]
 ENCODER, COPIED, DECODER = (
@@ -253,7 +253,7 @@ def test_the_commands_exit_codes(sources, convert):
     converted = convert(source)
 
     def verify(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from modeling_t5gemma.cli import main; main()", "verify"]
+        command = [WARM_PYTHON, "-c", "from modeling_t5gemma.cli import main; main()", "verify"]
         return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
 
     good = verify(source, converted)

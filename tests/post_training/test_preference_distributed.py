@@ -3,51 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.post_training.worker import with_dpo, with_fsdp
-
-ROOT = Path(__file__).parents[2]
+from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict]:
     """What each of two processes found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.post_training.worker", str(tmp_path_factory.mktemp("two"))]
-    processes = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": "lo",
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "ACCELERATE_USE_CPU": "true",
-        }
-        processes.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    results = [process.communicate(timeout=400) for process in processes]
-    for process, (_, errors) in zip(processes, results, strict=True):
-        assert process.returncode == 0, errors[-4000:]
-    return [json.loads(out.split("FOUND")[1]) for out, _ in results]
+    outputs = run_ranks(2, "tests.post_training.worker", tmp_path_factory.mktemp("two"))
+    return [json.loads(output.split("FOUND")[1]) for output in outputs]
 
 
 def test_two_processes_have_the_preferences_of_one(two, tmp_path):

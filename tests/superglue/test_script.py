@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import random
 import signal
 import subprocess
@@ -19,19 +18,14 @@ from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.superglue.tasks import TASKS
 from modeling_t5gemma.training.checkpoints import find
 from tests.superglue.parts import FIXTURES
+from tests.warm import WARM_PYTHON
 
 ROOT = Path(__file__).parents[2]
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "examples/superglue.py", *map(str, arguments)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def start(*arguments: object, python: str = WARM_PYTHON) -> subprocess.Popen:
+    command = [python, "examples/superglue.py", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -84,7 +78,7 @@ def test_killed_at_any_moment_it_comes_to_the_same_results(config, checkpoints, 
         assert process.returncode in (-signal.SIGKILL, 128 + signal.SIGTERM), output[-4000:]
         assert "Traceback" not in output
     assert find(trial).last is not None
-    assert "| rte | accuracy |" in finish(start(*command("parts")))
+    assert "| rte | accuracy |" in finish(start(*command("parts"), python=sys.executable))
     for name in ("results.json", "results.md"):
         first, second = ((tmp_path / folder / "layerwise" / name).read_text() for folder in ("whole", "parts"))
         assert first == second

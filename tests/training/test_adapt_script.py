@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +22,8 @@ from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.training.checkpoints import find
 from modeling_t5gemma.training.run import make_trainer
 from tests import tiny
+from tests.ranks import free_port
+from tests.warm import WARM_PYTHON
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "examples" / "configs").glob("adapt_*.yaml"))
@@ -75,16 +75,9 @@ def config(tmp_path) -> Path:
     return path
 
 
-def start(config: Path, *arguments: str, launcher: Sequence[str] = ()) -> subprocess.Popen:
-    command = [sys.executable, *launcher, "examples/adapt.py", "--config", str(config), *arguments]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def start(config: Path, *arguments: str, python: Sequence[str] = (WARM_PYTHON,)) -> subprocess.Popen:
+    command = [*python, "examples/adapt.py", "--config", str(config), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
@@ -99,7 +92,7 @@ def steps_of(folder: Path) -> dict[int, float]:
 
 
 def test_killed_at_any_moment_it_goes_on_to_the_same_bits(config, tmp_path):
-    whole = finish(start(config, "--training.output_dir", str(tmp_path / "whole")))
+    whole = finish(start(config, "--training.output_dir", str(tmp_path / "whole"), python=[sys.executable]))
     assert "skipped" in whole and "text.jsonl" in whole
     out, moments = tmp_path / "out", random.Random(int(time.time()))
     for after in (2, 5):
@@ -143,14 +136,12 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(config, tmp_path):
 def test_launchers_give_the_losses_of_one_process(launcher, config, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    monkeypatch.setenv("PYTHON_EXEC", WARM_PYTHON)  # for the ranks
     few = ["--training.max_steps", "3", "--training.save_steps", "3", "--data.max_bad", "1"]
     few += ["--model.teacher_dtype", "float32"]  # bfloat16 rounds a batch of one otherwise than one of two
     finish(start(config, *few, "--training.output_dir", str(tmp_path / "one")))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     halved = ["--training.output_dir", str(tmp_path / "two"), "--training.per_device_train_batch_size", "1"]
-    finish(start(config, *few, *halved, launcher=["-m", *launcher, str(port)]))
+    finish(start(config, *few, *halved, python=[WARM_PYTHON, "-m", *launcher, str(free_port())]))
     one, two = steps_of(tmp_path / "one"), steps_of(tmp_path / "two")
     assert sorted(two) == [1, 2, 3] and two == pytest.approx(one, abs=1e-5)
 

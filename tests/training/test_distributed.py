@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.ranks import run_ranks
 
 
 def run(kind: str, output: Path, steps: int, batch: int, ranks: int) -> list[float]:
     """The losses of a run on so many processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        if ranks > 1:
-            environment |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "ACCELERATE_USE_CPU": "true",
-            }
-        command = [sys.executable, "-m", "tests.training.worker", kind, str(output), str(steps), str(batch)]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-        )
-    results = [process.communicate(timeout=300) for process in processes]
-    for process, (_, errors) in zip(processes, results, strict=True):
-        assert process.returncode == 0, errors[-4000:]
-    return json.loads(results[0][0].split("LOSSES")[1])
+    first, *_ = run_ranks(ranks, "tests.training.worker", kind, output, steps, batch)
+    return json.loads(first.split("LOSSES")[1])
 
 
 @pytest.mark.parametrize("kind", ["trainer", "fsdp"])

@@ -7,7 +7,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from modeling_t5gemma.training.shards import TokenShards, Vocabulary
 from modeling_t5gemma.training.sources import TextSource
 from modeling_t5gemma.training.tokenizing import TokenStream, tokenize_source
 from tests.tiny import VOCAB, word_tokenizer
+from tests.warm import WARM_PYTHON
 
 BAD = '{"text": "cut'
 
@@ -99,17 +99,18 @@ def test_kill_and_go_on(tmp_path: Path, tokenizer: str):
     write_lines(tmp_path / "a.jsonl", 12_000)
     undisturbed = run(tmp_path / "a.jsonl", tokenizer, tmp_path / "whole")
     output = tmp_path / "out"
-    command = [sys.executable, "-c", "from modeling_t5gemma.cli import main; main()", "tokenize"]
+    code = "import os; from modeling_t5gemma.cli import main; print(os.getpid(), flush=True); main()"
+    command = [WARM_PYTHON, "-c", code, "tokenize"]
     command += [str(tmp_path / "a.jsonl"), "--tokenizer", tokenizer, "--output", str(output), "--processes", "2"]
     command += ["--shard-tokens", "20K"]
-    process = subprocess.Popen([*command, "--quiet"])
+    process = subprocess.Popen([*command, "--quiet"], stdout=subprocess.PIPE, text=True)
     finished = 0
     deadline = time.monotonic() + 60
     while finished < 2 and time.monotonic() < deadline:
         if (output / "progress.json").exists():
             finished = len(json.loads((output / "progress.json").read_text())["shards"])
         time.sleep(0.005)
-    helpers = descendants(process.pid)
+    helpers = descendants(int(process.stdout.readline()))
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert finished >= 2 and not (output / "index.json").exists()
