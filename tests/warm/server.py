@@ -25,8 +25,8 @@ import types
 
 # Others' modules that programs import once they have read their options.
 LATE = ("accelerate.commands.launch", "datasets", "matplotlib.pyplot", "torch.distributed.run")
-# Read while modules are imported, and some are set by them. Each worker of the tests has an HF_HOME of its own.
-READ_ONCE = ("HF_", "MALLOC_", "OMP_", "PYTHONPATH", "TRANSFORMERS_")
+# Read while modules are imported, where some of it is set as well. Each worker of the tests has an HF_HOME of its own.
+READ_ONCE = ("HF_", "OMP_", "PYTHONPATH", "TRANSFORMERS_")
 ENVIRONMENT = dict(os.environ)
 
 
@@ -99,7 +99,8 @@ def become(descriptors: list[int], numbers: list[int], argv: list[str], env: dic
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     for name in sorted(env.keys() | ENVIRONMENT.keys()):
-        if name.startswith(READ_ONCE) and name != "HF_HOME" and env.get(name) != ENVIRONMENT.get(name):
+        known = env.get(name) in (ENVIRONMENT.get(name), os.environ.get(name)) or name == "HF_HOME"
+        if name.startswith(READ_ONCE) and not known:
             raise SystemExit(f"{name} has been read already: take sys.executable instead of WARM_PYTHON")
     os.environ.clear()
     os.environ.update(env)
