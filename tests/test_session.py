@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.selections import pairwise
 from tests.session import made_once
 from tests.warm import WARM_PYTHON
 
@@ -100,3 +102,13 @@ def test_what_is_made_once_is_made_again_after_a_failure():
         made_once("a folder of this test", make)
     folders = {made_once("a folder of this test", make) for _ in range(3)}
     assert len(made) == 2 and (folders.pop() / "file").read_text() == "text" and not folders
+
+
+def test_each_value_meets_each_value_of_another_axis():
+    axes = ("abc", range(4), (True, False))
+    made = pairwise(*axes)
+    assert len(made) == 24 and {each.values for each in made} == set(itertools.product(*axes))
+    quick = [each.values for each in made if not each.marks]
+    assert 12 <= len(quick) < 16
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert {(values[i], values[j]) for values in quick} == set(itertools.product(axes[i], axes[j]))

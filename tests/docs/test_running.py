@@ -40,7 +40,8 @@ README: Settings = {
     "examples/sft.py": {**ANSWERS, "data.max_target": 12, **GENERATED},
     "examples/dpo.py": {**ANSWERS, "data.max_target": 12},
     "examples/grpo.py": {**ANSWERS, "grpo.num_generations": 2, "grpo.max_completion_length": 4},
-    "t5gemma evaluate": {"suite": "boolq", "shots": 0, "data": ROOT / "tests" / "evaluation" / "fixtures"},
+    "t5gemma chat": {"max-new-tokens": 4},
+    "t5gemma evaluate": {"suite": "boolq", "shots": 0, "limit": 4, "data": ROOT / "tests" / "evaluation" / "fixtures"},
     "examples/superglue.py": {
         "task": "cb,copa",
         "data.path": FIXTURES,
@@ -102,7 +103,7 @@ def run(words: tuple[str, ...], smaller: Settings, monkeypatch, capsys) -> None:
 def test_the_commands_of_the_readme(clone, monkeypatch, capsys):
     """The models that it names are in the Hub's cache, the data in the working folder."""
     for name, family, changes in (
-        ("gemma-3-1b-pt", "gemma3", {}),
+        ("gemma-3-1b-pt", "gemma3", {"num_hidden_layers": 2}),
         ("gemma-2-2b", "gemma2", {"num_hidden_layers": 2}),
         ("gemma-2-9b", "gemma2", {"hidden_size": 96}),
     ):

@@ -27,6 +27,7 @@ from tests import tiny
 from tests.post_training import first_word
 from tests.post_training.first_word import LAYOUT, log_of, pairs
 from tests.post_training.first_word import dpo as make
+from tests.selections import slow
 
 MODELS = {"separate": (tiny.t5gemma, Layout(0, 2)), "layerwise": (first_word.model, LAYOUT)}
 TEMPLATE = (
@@ -230,7 +231,7 @@ def test_held_out_examples_are_spread_and_not_trained_on():
 # Training
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_it_learns_a_preference_that_depends_on_the_question(tmp_path, seed):
     trainer = first_word.dpo_that_learns(tmp_path, seed)
     likelier_at_the_start = first_word.likelier(trainer)

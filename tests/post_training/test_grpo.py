@@ -20,6 +20,7 @@ from tests.post_training import first_word
 from tests.post_training.first_word import ENDS, begins_right, log_of, prompts
 from tests.post_training.first_word import grpo as make
 from tests.post_training.test_dpo import MODELS, StopAfter, with_lora
+from tests.selections import slow
 
 
 def small_words(prompts, completions, completion_ids, **columns) -> list[float]:
@@ -197,7 +198,7 @@ def test_answers_end_with_the_first_of_their_ends():
 # Training
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_it_learns_what_is_rewarded(tmp_path, seed):
     """The right word depends on the question: without reading it the best reward is a sixth."""
     trainer = first_word.grpo_that_learns(tmp_path, seed)
