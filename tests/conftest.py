@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import ipaddress
 import os
 import random
 import socket
+import sys
 import tempfile
 
 import pytest
@@ -53,6 +55,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: trainers collect garbage, which looked through all of it, a second each time."""
+    gc.freeze()
+
+
 def _is_loopback(host: str | bytes | None) -> bool:
     if host is None:
         return True
@@ -96,6 +103,14 @@ def _online_for_loopback(request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     if request.node.get_closest_marker("loopback"):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes a second a run, and is tested where ``curves`` says so."""
+    curves = sys.modules.get("modeling_t5gemma.training.curves")
+    if curves is not None and not request.node.get_closest_marker("curves"):
+        monkeypatch.setattr(curves, "draw", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ class Meter:
     """Counts between two log entries.
 
     Model FLOPs are those of the matrix products with weights: 2 a weight and token forward, 4 more backward; those of
-    attention scores are left out. Utilisation is their rate over that of one large matrix product, measured once on
-    this device in this precision: there is no table of devices to be out of date.
+    attention scores are left out. Utilisation is their rate over that of one large matrix product, measured once a
+    process for each device and precision: there is no table of devices to be out of date.
 
     Args:
         student, teacher: the models.
@@ -43,7 +44,6 @@ class Meter:
             self._of_target += 2 * teacher.get_output_embeddings().weight.numel()
         self._device = student.device
         self._dtype = dtype
-        self._rate: float | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -58,13 +58,12 @@ class Meter:
 
     def read(self, ranks: int) -> dict[str, float]:
         """Rates since the last reading, over all ranks taken as equal; begins anew."""
-        if self._rate is None:
-            self._rate = _product_rate(self._device, self._dtype)
+        rate = _product_rate(self._device, self._dtype)
         seconds = time.perf_counter() - self._begin
         flops = self._of_source * self._source + self._of_target * self._target + self._of_teacher * self._taught
         result = {
             "tokens_per_second": ranks * (self._source + self._target) / seconds,
-            "model_flops_utilisation": flops / seconds / self._rate,
+            "model_flops_utilisation": flops / seconds / rate,
             "peak_memory_gib": peak_memory(self._device) / 2**30,
         }
         self._reset()
@@ -81,6 +80,7 @@ def peak_memory(device: torch.device) -> int:
     return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
+@cache
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a square matrix product, the best of some."""
     size = 1024 if device.type == "cpu" else 8192

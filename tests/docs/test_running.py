@@ -100,6 +100,7 @@ def run(words: tuple[str, ...], smaller: Settings, monkeypatch, capsys) -> None:
     assert code == 0, f"{' '.join(words)}: {capsys.readouterr().err[-2000:]}"
 
 
+@pytest.mark.curves
 def test_the_commands_of_the_readme(clone, monkeypatch, capsys):
     """The models that it names are in the Hub's cache, the data in the working folder."""
     for name, family, changes in (

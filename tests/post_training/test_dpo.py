@@ -231,6 +231,7 @@ def test_held_out_examples_are_spread_and_not_trained_on():
 # Training
 
 
+@pytest.mark.curves
 @pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_it_learns_a_preference_that_depends_on_the_question(tmp_path, seed):
     trainer = first_word.dpo_that_learns(tmp_path, seed)

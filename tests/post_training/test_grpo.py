@@ -198,6 +198,7 @@ def test_answers_end_with_the_first_of_their_ends():
 # Training
 
 
+@pytest.mark.curves
 @pytest.mark.parametrize("seed", [0, *slow(1, 2)])
 def test_it_learns_what_is_rewarded(tmp_path, seed):
     """The right word depends on the question: without reading it the best reward is a sixth."""

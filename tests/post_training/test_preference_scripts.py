@@ -98,6 +98,7 @@ def test_configs_of_the_pipeline_are_there():
     }
 
 
+@pytest.mark.curves
 @pytest.mark.parametrize("name", MAKE)
 @pytest.mark.parametrize("lora", [False, True])
 def test_a_run_from_a_config_file(name, lora, scripts, config, tmp_path, monkeypatch, capsys):

@@ -35,13 +35,6 @@ from modeling_t5gemma.training.settings import DistillationSettings, ModelSettin
 from tests import tiny
 from tests.post_training.chat import SIZE, chat_tokenizer, words, write
 
-
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch):
-    """Drawing them takes longer than the training here; tests of the trainer and of the script look at them."""
-    monkeypatch.setattr("modeling_t5gemma.training.curves.draw", lambda *args: None)
-
-
 KINDS = ["separate", "layerwise", "decoder-only"]
 COMMAND = typer.Typer()
 COMMAND.command()(merge)

@@ -101,6 +101,7 @@ def losses(trainer: AdaptationTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+@pytest.mark.curves
 def test_it_learns_and_reports(tmp_path):
     trainer = make(tmp_path, steps=30, batch=8, eval_strategy="steps", eval_steps=10, eval_on_start=True)
     trainer.train()
