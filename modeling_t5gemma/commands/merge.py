@@ -10,8 +10,8 @@ import typer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
 from modeling_t5gemma.inference.adapters import load_adapter, read_base
+from modeling_t5gemma.io.staging import check_apart, check_output, staged
 from modeling_t5gemma.post_training.adapters import merge_adapter
 from modeling_t5gemma.training.loading import load_config, loaded
 from modeling_t5gemma.training.papers import copy_papers, papers_of_run
