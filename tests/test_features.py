@@ -11,12 +11,21 @@ import modeling_t5gemma as m
 from modeling_t5gemma.losses import cross_entropy
 from tests.tiny import BALANCED, NARROW, VOCAB, gemma3, layerwise, t5gemma, tokens, word_tokenizer
 
-MAKE = {"separate": t5gemma, "layerwise": lambda: layerwise(gemma3(), bidirectional_layers="all")}
+MAKE = {
+    "separate": lambda **changes: t5gemma({**BALANCED, **changes}, {**BALANCED, **changes}),
+    "layerwise": lambda **changes: layerwise(gemma3(**changes), bidirectional_layers="all"),
+}
 
 
 @pytest.fixture(params=MAKE)
 def model(request):
     return MAKE[request.param]()
+
+
+@pytest.fixture(params=MAKE)
+def small(request):
+    """A layer of each kind: compiling takes seconds a layer."""
+    return MAKE[request.param](num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
 
 
 @torch.no_grad()
@@ -172,18 +181,18 @@ def test_device_map(model, tmp_path):
 
 
 @torch.no_grad()
-def test_compile(model):
+def test_compile(small):
     batch = {"input_ids": tokens(2, 12), "decoder_input_ids": tokens(2, 6, seed=1), "use_cache": False}
-    expected = model(**batch).logits
+    expected = small(**batch).logits
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(**batch).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_export_of_encoder_and_decoder(model):
+def test_export_of_encoder_and_decoder(small):
     ids, target = tokens(2, 12), tokens(2, 6, seed=1)
-    encoder = model.get_encoder()
+    encoder = small.get_encoder()
     mask = torch.ones_like(ids)
     expected = encoder(input_ids=ids, attention_mask=mask)
     length = torch.export.Dim("length", min=2, max=64)
@@ -204,7 +213,7 @@ def test_export_of_encoder_and_decoder(model):
     class Step(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.model = model
+            self.model = small
 
         def forward(self, encoder_outputs, attention_mask, decoder_input_ids):
             return self.model(
@@ -215,17 +224,17 @@ def test_export_of_encoder_and_decoder(model):
             ).logits
 
     step = torch.export.export(Step(), (expected, mask, target))
-    reference = model(input_ids=ids, attention_mask=mask, decoder_input_ids=target).logits
+    reference = small(input_ids=ids, attention_mask=mask, decoder_input_ids=target).logits
     torch.testing.assert_close(step.module()(expected, mask, target), reference, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_generate_compiles_its_steps_with_a_static_cache(model):
+def test_generate_compiles_its_steps_with_a_static_cache(small):
     common = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    expected = model.generate(tokens(2, 9), **common)
+    expected = small.generate(tokens(2, 9), **common)
     torch._dynamo.reset()
-    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
-    got = model.generate(tokens(2, 9), cache_implementation="static", **common)
+    small.forward = torch.compile(small.forward, backend="eager", fullgraph=True)
+    got = small.generate(tokens(2, 9), cache_implementation="static", **common)
     assert torch.equal(got, expected)
 
 
