@@ -7,13 +7,16 @@ WORKERS ?= 2
 VENV := .venv
 FLOOR := .venv-floor
 RUN := $(VENV)/bin/python
+PYTEST := -n $(WORKERS) --dist worksteal
+# What answers in a second comes first; mypy, which takes a minute, runs beside the tests.
+LINT := $(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/lint-imports
 
 MAKEFLAGS += --no-print-directory
 # Where it is set, each process of the tests compiles all of torch and transformers again, which takes it seconds.
 unexport PYTHONDONTWRITEBYTECODE
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-floor lint format docs bench clean
+.PHONY: help demo test test-all test-floor lint format docs bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -21,17 +24,20 @@ help: ## this list
 demo: $(VENV)/.demo $(VENV)/.text ## convert, verify and adapt a real Gemma 3 270M (ARCH=layerwise or t5gemma)
 	$(RUN) examples/demo.py --arch $(ARCH) $(ARGS)
 
-test: lint ## lint, then the tests (ARGS="-k mask", ARGS=--slow, WORKERS=4)
-	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+test: $(VENV)/.dev ## lint and the tests (ARGS="-k mask", WORKERS=4)
+	@$(LINT)
+	@$(RUN) -m mypy > $(VENV)/mypy.txt & types=$$!; $(RUN) -m pytest $(PYTEST) $(ARGS); code=$$?; \
+		wait $$types || { cat $(VENV)/mypy.txt; exit 1; }; exit $$code
+
+test-all: ## the same, with every combination and what takes minutes
+	@$(MAKE) test ARGS="--slow $(ARGS)"
 
 test-floor: $(FLOOR)/.test ## the tests on the oldest versions that setup.cfg allows
-	$(FLOOR)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(FLOOR)/bin/python -m pytest $(PYTEST) $(ARGS)
 
-lint: $(VENV)/.dev ## ruff, mypy, import-linter
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+lint: $(VENV)/.dev ## ruff, import-linter, mypy
+	$(LINT)
 	$(RUN) -m mypy
-	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.dev ## fix what ruff can fix
 	$(VENV)/bin/ruff check --fix .
