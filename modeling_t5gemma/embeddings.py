@@ -16,7 +16,9 @@ the installed package. The model goes into ``mteb.evaluate`` as it is. examples/
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from transformers import AutoModelForTextEncoding, AutoTokenizer
 import modeling_t5gemma  # noqa: F401  # registers the Auto classes
 
 from .errors import UserError
+from .io.checkpoints import check_files, locate, told
 
 POOLINGS = ("mean", "lasttoken")
 
@@ -60,17 +63,14 @@ class T5GemmaTextEncoder(InputModule):
     ) -> None:
         super().__init__()
         hub_kwargs = hub_kwargs or {}
-        try:
+        if os.path.isdir(checkpoint):
+            check_files(Path(checkpoint, hub_kwargs.get("subfolder") or ""))
+        safely = {"trust_remote_code": False, **hub_kwargs}
+        with told(f"The encoder of {checkpoint} cannot be loaded", "Give an encoder-decoder, or an encoder of one"):
             self.auto_model = AutoModelForTextEncoding.from_pretrained(
-                checkpoint, **hub_kwargs, **(model_kwargs or {})
+                checkpoint, use_safetensors=True, **safely, **(model_kwargs or {})
             )
-            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, **hub_kwargs)
-        except (OSError, ValueError) as error:
-            # Of a config without an encoder, transformers lists all that have one.
-            told = " ".join(str(error).split()).partition(" Model type should be one of")[0]
-            raise UserError(
-                f"No encoder can be loaded from {checkpoint}: {told} Give an encoder-decoder, or an encoder of one."
-            ) from error
+            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, **safely)
         if not hasattr(self.auto_model.config, "encoder"):
             raise UserError(
                 f"{checkpoint} is a {self.auto_model.config.model_type}. Give an encoder-decoder of this package, or "
@@ -173,7 +173,7 @@ def sentence_transformer(
     """
     if pooling not in POOLINGS:
         raise UserError(f"pooling is {pooling!r}; it can be one of {POOLINGS}.")
-    encoder = T5GemmaTextEncoder(checkpoint, max_seq_length, model_kwargs)
+    encoder = T5GemmaTextEncoder(str(locate(checkpoint)), max_seq_length, model_kwargs)
     return SentenceTransformer(
         modules=[encoder, Pooling(encoder.get_embedding_dimension(), pooling_mode=pooling)], **kwargs
     )

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
+from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
 from modeling_t5gemma.inference.adapters import load_adapter, read_base
-from modeling_t5gemma.io.staging import check_apart, check_output, staged
+from modeling_t5gemma.io.checkpoints import read_generation_config
+from modeling_t5gemma.io.tensors import check_finite_model
 from modeling_t5gemma.post_training.adapters import merge_adapter
-from modeling_t5gemma.training.loading import load_config, loaded
+from modeling_t5gemma.training.loading import load_whole
 from modeling_t5gemma.training.papers import copy_papers, papers_of_run
 from modeling_t5gemma.training.tokenizing import load_tokenizer
 
@@ -28,12 +30,12 @@ def merge(
     check_output(output, overwrite=overwrite)
     path = base or read_base(adapter)["path"]
     check_apart(output, [adapter, Path(path)])
-    auto = AutoModelForSeq2SeqLM if load_config(path).is_encoder_decoder else AutoModelForCausalLM
     disable_progress_bar()
-    model = merge_adapter(load_adapter(loaded(auto, path, dtype="auto"), adapter))
+    model = merge_adapter(load_adapter(load_whole(path, dtype="auto"), adapter))
     tokenizer = load_tokenizer(str(adapter if (adapter / "tokenizer_config.json").is_file() else path))
-    if (adapter / "generation_config.json").is_file():  # with the ends of an answer that it was trained to
-        model.generation_config = GenerationConfig.from_pretrained(adapter)
+    if generation := read_generation_config(adapter):  # with the ends of an answer that it was trained to
+        model.generation_config = GenerationConfig.from_dict(generation)
+    check_finite_model(model, output)
     size = sum(parameter.nbytes for parameter in model.parameters())
     with staged(output, overwrite=overwrite, needed=size) as folder:
         model.save_pretrained(folder)

@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 
+from modeling_t5gemma.conversion.convert import hub_code_files
+from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io.checkpoints import load_config
 from modeling_t5gemma.io.safetensors_files import TensorToWrite, read_headers, write_index, write_safetensors
-from modeling_t5gemma.io.staging import check_apart, check_output, staged
 from modeling_t5gemma.io.tensors import StoredTensor, nbytes, row_ranges
 from modeling_t5gemma.io.text_files import read_json
 
-# What only the run that wrote a checkpoint needs.
+# What only the run that wrote a checkpoint needs, and code: that of this package is written anew.
 _OF_THE_RUN = ("optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "training_args.bin", "complete.json",
-               "*.safetensors", "*.safetensors.index.json", "pytorch_model_fsdp*", "scaler.pt")  # fmt: skip
+               "*.safetensors", "*.safetensors.index.json", "pytorch_model_fsdp*", "scaler.pt", "*.py")  # fmt: skip
 _OF_NO_MATTER = {"_name_or_path", "transformers_version", "dtype"}
 
 
@@ -53,6 +55,8 @@ def average(
         raise UserError(f"The weights {', '.join(map(str, weights))} sum to {sum(weights):g}: make it 1.")
     check_output(output, overwrite=overwrite)
     check_apart(output, checkpoints)
+    for folder in checkpoints:
+        load_config(folder)  # which checks what is copied, too
     stored = [read_headers(folder) for folder in checkpoints]
     for folder, tensors in zip(checkpoints, stored, strict=True):
         _compare(folder, tensors, checkpoints[-1], stored[-1])
@@ -60,7 +64,8 @@ def average(
     total = sum(nbytes(tensor.shape, tensor.dtype) for tensor in stored[-1].values())
     with staged(output, overwrite=overwrite, needed=total) as folder:
         shutil.copytree(checkpoints[-1], folder, ignore=shutil.ignore_patterns(*_OF_THE_RUN), dirs_exist_ok=True)
-        for path in extra:
+        code = hub_code_files() if "auto_map" in read_json(folder / "config.json") else []
+        for path in (*extra, *code):
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
         for file, names in files.items():

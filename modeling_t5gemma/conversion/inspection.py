@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from transformers import AutoConfig
 
 from modeling_t5gemma.configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
 from modeling_t5gemma.conversion.documents import RECORD_FILE
@@ -16,6 +15,7 @@ from modeling_t5gemma.conversion.target import expected_tensors
 from modeling_t5gemma.cross_attention import is_cross_attention
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.io import hub
+from modeling_t5gemma.io.checkpoints import load_config, read_generation_config
 from modeling_t5gemma.io.safetensors_files import read_header
 from modeling_t5gemma.io.tensors import DTYPE_CODES
 from modeling_t5gemma.io.text_files import read_json
@@ -76,10 +76,10 @@ def inspect_checkpoint(given: str, revision: str | None = None) -> Inspection:
     Raises:
         UserError: there is no such checkpoint, or it is none of ours.
     """
-    folder = Path(given).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(given))
+    if os.path.isdir(folder):
         return _inspect(folder, _local_headers(folder))
-    if "/" not in given or folder.exists():
+    if "/" not in given or os.path.lexists(folder) or os.path.isdir(folder.parent):
         raise UserError(f"{given} is neither a folder nor a Hub repository (OWNER/NAME). Check the path.")
     folder, headers = hub.describe(given, revision)
     return _inspect(folder, {name: TensorHeader(shape, dtype) for name, (shape, dtype) in headers.items()})
@@ -102,10 +102,7 @@ def _inspect(folder: Path, headers: dict[str, TensorHeader]) -> Inspection:
             f"{folder / 'config.json'} is of model type {raw.get('model_type')!r}; this command shows 't5gemma' and "
             "'adapted_seq2seq'."
         )
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not valid ({' '.join(str(error).split())}).") from error
+    config = load_config(folder)
     expected = {name: TensorHeader(shape, None) for name, shape in expected_tensors(config).items()}
     # Other heads, and encoders alone, hold other tensors.
     is_generator = all(name.endswith("ForConditionalGeneration") for name in config.architectures or [])
@@ -116,7 +113,7 @@ def _inspect(folder: Path, headers: dict[str, TensorHeader]) -> Inspection:
         has_weights=bool(headers),
         missing=tuple(sorted(expected.keys() - headers.keys())) if compared else (),
         unexpected=tuple(sorted(headers.keys() - expected.keys())) if compared else (),
-        generation=_optional(folder / "generation_config.json"),
+        generation=read_generation_config(folder),
         record=_optional(folder / RECORD_FILE),
     )
 

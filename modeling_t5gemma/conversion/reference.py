@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedModel
 
 from modeling_t5gemma.conversion.source import Source
+from modeling_t5gemma.io.checkpoints import load_model, told
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,22 +50,39 @@ def load_reference(source: Source, rounded_to: torch.dtype | None) -> PreTrained
     Args:
         rounded_to: the dtype that the conversion rounded to, so that the rounding is no part of what differs.
     """
-    files: dict[str, Any] = {}
-    if source.is_gguf:
-        config = AutoConfig.from_pretrained(source.folder, gguf_file=source.path.name)
-        if hasattr(config, "query_pre_attn_scalar"):
-            # The file does not say it; transformers takes 256 whatever the size.
-            config.query_pre_attn_scalar = source.config.query_pre_attn_scalar
-        quantization = GgufConfig(dequantize=True)
-        files = {"gguf_file": source.path.name, "config": config, "quantization_config": quantization}
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False, **files
-    )
+    model = load_source(source, dtype=torch.float32, attn_implementation="eager")
     if rounded_to is not None:
         with torch.no_grad():
             for weight in model.parameters():
                 weight.copy_(weight.to(rounded_to))
     return model.eval()
+
+
+def load_source(source: Source, **kwargs: Any) -> PreTrainedModel:
+    """A source as transformers' own model.
+
+    Args:
+        kwargs: go to ``from_pretrained``.
+
+    Raises:
+        UserError: transformers cannot load it.
+    """
+    if not source.is_gguf:
+        return load_model(AutoModelForCausalLM, source.path, **kwargs)[0]
+    with told(f"{source.path} cannot be loaded", "Give another conversion"):
+        config = AutoConfig.from_pretrained(source.folder, gguf_file=source.path.name, trust_remote_code=False)
+        if hasattr(config, "query_pre_attn_scalar"):
+            # The file does not say it; transformers takes 256 whatever the size.
+            config.query_pre_attn_scalar = source.config.query_pre_attn_scalar
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            gguf_file=source.path.name,
+            config=config,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
+            **kwargs,
+        )
+    return model
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from modeling_t5gemma.conversion.families import FAMILIES
 from modeling_t5gemma.conversion.family import Family
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.io import hub
+from modeling_t5gemma.io.checkpoints import is_gguf, load_config, locate, read_generation_config
 from modeling_t5gemma.io.safetensors_files import read_headers, weight_dtype
 from modeling_t5gemma.io.tensors import RemoteTensor, StoredTensor
 from modeling_t5gemma.io.text_files import read_json
@@ -71,9 +73,9 @@ def resolve_source(
         UserError: it cannot be found, is not of a supported family, or its files are not as they should be.
     """
     aliases = FAMILIES[aliases_of].aliases
-    path = Path(given).expanduser()
-    if given not in aliases and path.exists():
-        return _open_local(path, name=path.resolve().name, commit=None)
+    path = Path(os.path.expanduser(given))
+    if given not in aliases and os.path.lexists(path):
+        return _open_local(locate(path), name=path.resolve().name, commit=None)
     repo = aliases.get(given, given)
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(repo):
         raise UserError(
@@ -85,22 +87,14 @@ def resolve_source(
     _family_of(read_json(folder / "config.json"), folder / "config.json")
     if weights:
         folder, commit = hub.download(repo, commit)
-        return _open_local(folder, name=repo, commit=commit)
+        return _open_local(locate(folder), name=repo, commit=commit)
     table = hub.tensor_table(repo, commit)
     looked_up = {name: RemoteTensor(shape, weight_dtype(code, name, repo)) for name, (code, shape) in table.items()}
     return _open_folder(folder, repo, commit, looked_up)
 
 
 def _open_local(path: Path, name: str, commit: str | None) -> Source:
-    if path.is_dir():
-        ggufs = sorted(path.glob("*.gguf"))
-        if not (path / "config.json").exists() and len(ggufs) == 1:
-            path = ggufs[0]
-    if path.is_dir():
-        return _open_folder(path, name, commit)
-    if path.suffix != ".gguf":
-        raise UserError(f"{path} is neither a folder nor a .gguf file. Give the folder that holds config.json.")
-    return _open_gguf(path, path.stem, commit)
+    return _open_gguf(path, path.stem, commit) if is_gguf(path) else _open_folder(path, name, commit)
 
 
 def _open_folder(
@@ -111,13 +105,9 @@ def _open_folder(
     family = _family_of(raw, config_file)
     if "quantization_config" in raw:
         raise UserError(f"{config_file} describes quantised weights. Give the unquantised ones, or a .gguf file.")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
-    except Exception as error:  # transformers checks each field with an exception of its own
-        raise UserError(f"{config_file} is no valid {family.title} config ({_one_line(error)}). Repair it.") from error
+    config = load_config(folder).get_text_config()
     tensors = read_headers(folder) if looked_up is None else looked_up
-    generation_file = folder / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.exists() else {}
+    generation = read_generation_config(folder)
     stack_names, left_out = _sort(family, list(tensors), family.stack_name, folder)
     return Source(name, folder, commit, family, config, tensors, stack_names, left_out, generation)
 
@@ -140,14 +130,15 @@ def _open_gguf(path: Path, name: str, commit: str | None) -> Source:
         config = AutoConfig.for_model(family.model_type, tie_word_embeddings=tied, **fields)
     except Exception as error:  # a key that is not there, or transformers' own exceptions
         raise UserError(f"{path} has incomplete metadata ({_one_line(error)}). Give another conversion.") from error
-    generation_file = path.parent / "generation_config.json"
-    generation = read_json(generation_file) if generation_file.exists() else {}
+    generation = read_generation_config(path.parent)
     stack_names, left_out = _sort(family, list(header.tensors), family.gguf_stack_name, path)
     return Source(name, path, commit, family, config, header.tensors, stack_names, left_out, generation)
 
 
 def _family_of(config: dict[str, Any], file: Path) -> Family:
     architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
+        raise UserError(f"{file} says architectures is {architectures!r}; it is a list of names. Repair it.")
     for family in FAMILIES.values():
         if any(architecture in family.architectures for architecture in architectures):
             return family

@@ -10,10 +10,14 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from modeling_t5gemma.conversion.source import Source
+import transformers
+
+from modeling_t5gemma.conversion.source import Source, resolve_source
 from modeling_t5gemma.errors import UserError
-from modeling_t5gemma.io.text_files import read_json
+from modeling_t5gemma.io.checkpoints import load_tokenizer, told
+from modeling_t5gemma.io.text_files import read_json, read_text
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 _FILES = (
@@ -65,7 +69,7 @@ def write_tokenizer(enc: Source, dec: Source, folder: Path) -> bool:
         Whether there was one.
 
     Raises:
-        UserError: the tokenizer needs code of its own, or the one in a GGUF file cannot be rebuilt.
+        UserError: the one in a GGUF file cannot be rebuilt.
     """
     source = dec if _has_tokenizer(dec) else enc
     if not _has_tokenizer(source):
@@ -78,21 +82,32 @@ def write_tokenizer(enc: Source, dec: Source, folder: Path) -> bool:
                 shutil.copyfile(source.folder / name, folder / name)
     config_file = folder / "tokenizer_config.json"
     config = read_json(config_file) if config_file.exists() else {}
-    if "auto_map" in config:
-        raise UserError(
-            f"{source.folder / 'tokenizer_config.json'} asks for code of its own (auto_map), which is never run. Save "
-            "the tokenizer with one of transformers' classes."
-        )
     if not config.get("tokenizer_class"):
         config["tokenizer_class"] = source.family.tokenizer_class
         config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return True
 
 
+def load_gguf_tokenizer(path: Path) -> Any:
+    """The tokenizer beside a GGUF file, or the one in it.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    source = resolve_source(str(path))
+    if _vocabulary_file(source) is not None:
+        return load_tokenizer(source.folder)
+    with told(f"The tokenizer in {path} cannot be loaded", "Put the model's tokenizer.json beside it"):
+        cls = getattr(transformers, source.family.tokenizer_class)
+        tokenizer = cls.from_pretrained(source.folder, gguf_file=path.name)
+        tokenizer.add_bos_token = True
+    return tokenizer
+
+
 def chat_template(folder: Path) -> str:
     """The chat template among a checkpoint's files, "" without one."""
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(folder / "chat_template.jinja")
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).exists() and (template := read_json(folder / name).get("chat_template")):
             return str(template)

@@ -11,10 +11,9 @@ import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig
 
 from modeling_t5gemma.configuration_t5gemma import (
     SLIDING,
@@ -34,6 +33,7 @@ from modeling_t5gemma.conversion.reference import (
 from modeling_t5gemma.conversion.source import Source, resolve_source
 from modeling_t5gemma.cross_attention import KEY_VALUES, kind_of
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io.checkpoints import load_config, load_model
 from modeling_t5gemma.io.safetensors_files import read_header
 from modeling_t5gemma.io.text_files import read_json
 from modeling_t5gemma.modeling_t5gemma import AdaptedSeq2SeqForConditionalGeneration
@@ -162,10 +162,7 @@ def _describe(folder: Path, source: Source) -> _Converted:
             f"{folder / 'config.json'} is of model type {raw.get('model_type')!r}; a converted checkpoint is "
             "'t5gemma' or 'adapted_seq2seq'. Give the folder that `t5gemma convert` wrote."
         )
-    try:
-        config = with_causal_encoder(AutoConfig.from_pretrained(folder))
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not valid ({' '.join(str(error).split())}).") from error
+    config = with_causal_encoder(load_config(folder))
     record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else {}
     layers = {side: _source_layers(side, getattr(config, side), record, source) for side in ("encoder", "decoder")}
     if config.share_embeddings and not isinstance(layers["encoder"], str) and isinstance(layers["decoder"], str):
@@ -254,8 +251,8 @@ def _rounded_to(folder: Path) -> torch.dtype | None:
 
 
 def _load(converted: _Converted) -> AdaptedSeq2SeqForConditionalGeneration:
-    model, problems = AdaptedSeq2SeqForConditionalGeneration.from_pretrained(
-        converted.folder, config=converted.config, dtype=torch.float32, output_loading_info=True
+    model, problems = load_model(
+        AdaptedSeq2SeqForConditionalGeneration, converted.folder, config=converted.config, dtype=torch.float32
     )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if problems[kind]:
@@ -263,8 +260,7 @@ def _load(converted: _Converted) -> AdaptedSeq2SeqForConditionalGeneration:
                 f"{converted.folder} does not hold the weights of its config.json: {kind.replace('_', ' ')} such as "
                 f"{sorted(problems[kind])[0]}. Convert it again."
             )
-    loaded: AdaptedSeq2SeqForConditionalGeneration = model.eval()
-    return loaded
+    return cast(AdaptedSeq2SeqForConditionalGeneration, model.eval())
 
 
 def _checks(

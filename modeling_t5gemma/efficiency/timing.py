@@ -17,6 +17,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from transformers.generation.streamers import BaseStreamer
 
 from ..errors import UserError
+from ..io.tensors import check_finite_model
 from ..training.loading import load_model
 from ..training.settings import ModelSettings
 from .memory import in_own_process, peak_bytes
@@ -195,6 +196,7 @@ def _load(path: str, setup: Setup) -> Any:
     if setup.threads is not None:
         torch.set_num_threads(setup.threads)
     model = load_model(ModelSettings(path, dtype=setup.dtype))  # type: ignore[arg-type]
+    check_finite_model(model, path)
     try:
         return model.to(device).eval()
     except torch.OutOfMemoryError as error:

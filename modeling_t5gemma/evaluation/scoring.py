@@ -9,6 +9,7 @@ Shapes: R rows of a batch, T their longest target, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from transformers import PreTrainedModel
 
+from ..errors import UserError
 from ..inference.batching import padded
 from .batches import BatchSize, Shape, in_batches
 
@@ -55,7 +57,7 @@ def log_likelihoods(
         progress: called with how many pairs of a batch are done.
 
     Raises:
-        UserError: a single row does not fit into memory.
+        UserError: a single row does not fit into memory, or a probability is not finite.
     """
     scores = [Score(0.0, True)] * len(pairs)
     encoder_decoder = model.config.is_encoder_decoder
@@ -69,6 +71,11 @@ def log_likelihoods(
             targets = [pairs[number].target for number in row.pairs]
             place = slice(len(row.read) + 1) if encoder_decoder else slice(-len(row.read) - 1, None)
             found.update(zip(row.pairs, _scores(row_logits[place], targets), strict=True))
+        if not all(math.isfinite(score.log_likelihood) for score in found.values()):
+            raise UserError(
+                f"{model.config.name_or_path} gives probabilities that are not finite: its weights are damaged or it "
+                "diverged. Give a checkpoint from before."
+            )
         for number, score in found.items():
             scores[number] = score
         progress(len(found))

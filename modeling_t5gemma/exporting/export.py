@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
+from ..conversion.staging import check_apart, check_output, staged
 from ..errors import UserError
-from ..inference.adapters import ADAPTER_CONFIG
 from ..inference.loading import load_checkpoint
-from ..io.staging import check_apart, check_output, staged
+from ..io.checkpoints import ADAPTER
 from ..training.loading import load_config
 from ..training.papers import legal_papers
 from .card import write_card
@@ -115,7 +115,7 @@ def _check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
 def _check_kind(checkpoint: Path, backend: Backend) -> None:
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint} is no folder. Give a checkpoint's (hf download fetches one from the Hub).")
-    if (checkpoint / ADAPTER_CONFIG).is_file():
+    if (checkpoint / ADAPTER).is_file():
         raise UserError(f"{checkpoint} is an adapter. Merge it first (t5gemma merge), and export what comes out.")
     config = load_config(str(checkpoint))
     if not isinstance(config, T5GemmaConfig | AdaptedSeq2SeqConfig):

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UserError
+from ..io.checkpoints import ADAPTER, told
+from ..io.fields import refuse_code
+from ..io.safetensors_files import read_header
+from ..io.text_files import read_json
 
 BASE_FILE = "base.json"
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_adapter(base: PreTrainedModel, adapter: Path) -> Any:
@@ -36,27 +38,20 @@ def load_adapter(base: PreTrainedModel, adapter: Path) -> Any:
             "that one (--base)."
         )
     weights = adapter / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
-        raise UserError(f"{weights} is missing. Save the adapter as safetensors.")
+    if not os.path.isfile(weights):
+        pickled = ": a .bin is a pickle, which is never loaded" if any(adapter.glob("*.bin")) else ""
+        raise UserError(f"{weights} is missing{pickled}. Save the adapter as safetensors.")
     wrong = f"{adapter}, which names {recorded['path']} as its base, does not fit {base.config.name_or_path}"
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")
-            model = PeftModel.from_pretrained(base, str(adapter))
-        with safe_open(weights, "pt") as file:
-            # Beside an adapter of an embedding, peft saves the embedding.
-            held = {name for name in file.keys() if ".base_layer." not in name}  # noqa: SIM118
-            strangers = sorted(held ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
-    except SafetensorError as error:
-        raise UserError(f"{weights} is damaged or cut short ({error}). Save or download it again.") from error
-    except (ValueError, RuntimeError) as error:
-        raise UserError(
-            f"{wrong} ({' '.join(str(error).split())[:200]}). Give the base that it was trained on (--base)."
-        ) from error
+    # Beside an adapter of an embedding, peft saves the embedding.
+    held = {name for name in read_header(weights) if ".base_layer." not in name}
+    with told(wrong, "Give the base that it was trained on (--base)"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Found missing adapter keys")
+        model = PeftModel.from_pretrained(base, str(adapter))
+        strangers = sorted(held ^ set(get_peft_model_state_dict(model, save_embedding_layers=False)))
     if strangers:
         raise UserError(
-            f"{wrong}: {len(strangers)} tensors such as {strangers[0]} are on one side only. Give the base that it "
-            "was trained on (--base)."
+            f"{wrong}: {len(strangers)} tensors such as {strangers[0]} are on one side only. Give the "
+            "base that it was trained on (--base)."
         )
     return model
 
@@ -65,14 +60,23 @@ def read_base(adapter: Path) -> dict[str, str]:
     """``path`` of the base, and its ``fingerprint`` where this package has trained the adapter.
 
     Raises:
-        UserError: the folder holds no adapter.
+        UserError: the folder holds no adapter, or one that is damaged or asks for code of its own.
     """
-    config = adapter / ADAPTER_CONFIG
-    if not config.is_file():
-        raise UserError(f"{adapter} has no {ADAPTER_CONFIG}: it is no adapter.")
-    found: dict[str, str] = {"path": json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]}
-    if (record := adapter / BASE_FILE).is_file():
-        found |= json.loads(record.read_text(encoding="utf-8"))
+    config = adapter / ADAPTER
+    if not os.path.lexists(config):
+        raise UserError(f"{adapter} has no {ADAPTER}: it is no adapter.")
+    content = read_json(config)
+    refuse_code(content, config)
+    if content.get("megatron_config"):  # peft would import the module that it names
+        raise UserError(f"{config} asks for code of its own (megatron_config), which is never run. Take it out.")
+    found: dict[str, Any] = {"path": content.get("base_model_name_or_path")}
+    if os.path.lexists(adapter / BASE_FILE):
+        found |= read_json(adapter / BASE_FILE)
+    if not isinstance(found["path"], str) or not isinstance(found.get("fingerprint", ""), str):
+        raise UserError(
+            f"{adapter} does not name the base that it was trained on. Put back the {ADAPTER} and {BASE_FILE} that "
+            "were saved with it."
+        )
     return found
 
 

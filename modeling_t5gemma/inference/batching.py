@@ -11,8 +11,9 @@ from itertools import islice
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from ..errors import UserError
 from .prompts import Prompts
 from .sampling import ends_of, pad_token
 
@@ -86,7 +87,12 @@ def generate_ids(
     try:
         for rows in _batches([len(source) for source in sources], batch_size, batch_tokens):
             ids, mask = padded([sources[row] for row in rows], pad, left=not encoder_decoder)
-            output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **generation)
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                logits_processor=LogitsProcessorList([_Finite(model)]),
+                **generation,
+            )
             given = 1 if encoder_decoder else ids.shape[1]
             for row, tokens in zip(rows, output[:, given:].tolist(), strict=True):
                 results[row] = _up_to_end(tokens, ends)
@@ -112,6 +118,21 @@ def text_of(tokenizer: Any, ids: Sequence[int], ends: Iterable[int]) -> str:
     ids = ids[:-1] if ids and ids[-1] in set(ends) else ids
     text: str = tokenizer.decode(list(ids), skip_special_tokens=True)
     return text
+
+
+class _Finite(LogitsProcessor):
+    """Refuses logits that are not finite, of which ``generate`` would make a text as of any others."""
+
+    def __init__(self, model: Any) -> None:
+        self.name = model.config.name_or_path
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not scores.amax().isfinite():
+            raise UserError(
+                f"{self.name} gives logits that are not finite: its weights are damaged or it diverged. Give a "
+                "checkpoint from before."
+            )
+        return scores
 
 
 def _batches(lengths: Sequence[int], batch_size: int, batch_tokens: int | None) -> Iterator[list[int]]:

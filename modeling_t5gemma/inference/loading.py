@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import UserError
+from ..io.checkpoints import ADAPTER, TOKENIZER_FILES, locate, read_generation_config
 from ..training.loading import load_config, load_whole
-from ..training.tokenizing import TOKENIZER_FILES, load_tokenizer
-from .adapters import ADAPTER_CONFIG, load_adapter, read_base
+from ..training.tokenizing import load_tokenizer
+from .adapters import load_adapter, read_base
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -79,8 +79,8 @@ def load_checkpoint(path: str, *, base: str | None = None, dtype: str = "auto", 
             f"{path} is an adapter of learnt prompts. Only those that change weights, as LoRA, can be used."
         )
     model = adapted.get_base_model().eval()  # its own modules hold the adapter now, and generate needs no wrapper
-    if (adapter / GENERATION_CONFIG_NAME).is_file():  # with the ends of an answer that the adapter was trained to
-        model.generation_config = GenerationConfig.from_pretrained(adapter)
+    if generation := read_generation_config(adapter):  # with the ends of an answer that the adapter was trained to
+        model.generation_config = GenerationConfig.from_dict(generation)
     return Checkpoint(model, tokenizer, (str(adapter), base))
 
 
@@ -135,14 +135,8 @@ def _device(name: str) -> torch.device:
 
 def _adapter_folder(path: str) -> Path | None:
     """The folder of an adapter, downloaded if need be; None for anything else."""
-    if Path(path).is_dir():
-        return Path(path) if (Path(path) / ADAPTER_CONFIG).is_file() else None
-    try:
-        if _file_of(path, ADAPTER_CONFIG) is None:
-            return None
-        return Path(snapshot_download(path))
-    except (OSError, ValueError):
-        return None  # loading it as a model says what is wrong
+    folder = locate(path, weights=False)
+    return locate(path) if (folder / ADAPTER).is_file() else None
 
 
 def _file_of(place: str, name: str) -> Path | None:

@@ -18,7 +18,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
-from .tensors import DTYPE_CODES, FLOAT_DTYPES, FileRange, SafetensorsTensor, nbytes
+from .tensors import (
+    CHUNK_BYTES,
+    DTYPE_CODES,
+    FLOAT_DTYPES,
+    FileRange,
+    SafetensorsTensor,
+    StoredTensor,
+    check_finite,
+    nbytes,
+)
 from .text_files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -39,13 +48,13 @@ class TensorToWrite:
     content: FileRange | Callable[[], Iterable[torch.Tensor]]
 
 
-def read_headers(folder: Path) -> dict[str, SafetensorsTensor]:
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint's files of weights by name, without reading their data.
 
     Raises:
         UserError: there are none, as ``read_header``, or the index and the files disagree.
     """
-    tensors: dict[str, SafetensorsTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for shard, listed in _shards(folder).items():
         found = read_header(folder / shard)
         if listed is not None and listed != set(found):
@@ -116,6 +125,7 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], on_bytes: Ca
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
+        UserError: a value is not finite, or a file became shorter while it was read.
     """
     tensors = list(tensors)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -133,10 +143,12 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], on_bytes: Ca
         _write(file, struct.pack("<Q", len(encoded)) + encoded)
         for tensor in tensors:
             if isinstance(tensor.content, FileRange):
+                _check_range(tensor)
                 _copy_range(tensor.content, file, on_bytes)
                 continue
             for chunk in tensor.content():
                 assert chunk.dtype == tensor.dtype, "the header says otherwise"
+                check_finite(chunk, tensor.name, "what is written")
                 # numpy has no bfloat16, so the values are handed over as bytes.
                 _write(file, chunk.contiguous().flatten().view(torch.uint8).numpy().data)
                 on_bytes(chunk.nbytes)
@@ -196,6 +208,20 @@ def _write(file: IO[bytes], data: bytes | memoryview) -> None:
     view = memoryview(data).cast("B")
     while view:
         view = view[file.write(view) :]
+
+
+def _check_range(tensor: TensorToWrite) -> None:
+    """``check_finite`` of bytes that are copied as they are, which also has them in memory by then."""
+    assert isinstance(tensor.content, FileRange)
+    with tensor.content.path.open("rb", buffering=0) as file:
+        file.seek(tensor.content.offset)
+        left = tensor.content.length
+        while left:
+            data = bytearray(min(CHUNK_BYTES, left))
+            if file.readinto(data) != len(data):
+                raise UserError(f"{tensor.content.path} became shorter while it was read. Download it again.")
+            check_finite(torch.frombuffer(data, dtype=tensor.dtype), tensor.name, tensor.content.path)
+            left -= len(data)
 
 
 def _copy_range(source: FileRange, target: IO[bytes], on_bytes: Callable[[int], None]) -> None:

@@ -12,15 +12,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoConfig
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from ..configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
 from ..conversion.target import expected_tensors
 from ..errors import UserError
-from ..inference.adapters import ADAPTER_CONFIG
 from ..inference.loading import Checkpoint, load_checkpoint
+from ..io.checkpoints import ADAPTER, load_config, load_model
 from ..io.safetensors_files import read_headers, weight_files
 from ..io.text_files import read_json
 
@@ -66,8 +63,6 @@ def validate(folder: Path) -> Validated:
     tensors = read_headers(folder)
     _check_shapes(folder, config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     _check_tokenizer(folder)
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        read_json(folder / GENERATION_CONFIG_NAME)  # one that is damaged is passed over when a model is loaded
     checkpoint = load_checkpoint(str(folder))
     words = len(checkpoint.tokenizer)
     if words > config.decoder.vocab_size:
@@ -97,7 +92,7 @@ def validate(folder: Path) -> Validated:
 
 
 def _config(folder: Path) -> T5GemmaConfig | AdaptedSeq2SeqConfig:
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER).is_file():
         raise UserError(f"{folder} is an adapter. Merge it first (t5gemma merge), and publish what comes out.")
     raw = read_json(folder / "config.json")
     kind = raw.get("model_type")
@@ -110,10 +105,7 @@ def _config(folder: Path) -> T5GemmaConfig | AdaptedSeq2SeqConfig:
         raise UserError(f"{folder} holds a {architecture or 'model without a class'}. Only those that generate are.")
     if "quantization_config" in raw:
         raise UserError(f"{folder / 'config.json'} describes quantised weights. Publish those that it was made from.")
-    try:
-        config: T5GemmaConfig | AdaptedSeq2SeqConfig = AutoConfig.from_pretrained(folder)
-    except Exception as error:  # transformers checks each field with an exception of its own
-        raise UserError(f"{folder / 'config.json'} is not valid ({' '.join(str(error).split())}).") from error
+    config: T5GemmaConfig | AdaptedSeq2SeqConfig = load_config(folder)
     return config
 
 
@@ -144,8 +136,6 @@ def _check_tokenizer(folder: Path) -> None:
             f"{folder} has no {' or '.join(_VOCABULARIES)}, so its tokenizer has no words. Save the tokenizer again "
             "(save_pretrained)."
         )
-    if "auto_map" in config:
-        raise UserError(f"{folder / 'tokenizer_config.json'} asks for code of its own (auto_map). Save a plain one.")
 
 
 @torch.no_grad()
@@ -191,11 +181,11 @@ def _check_stock(
     with contextlib.redirect_stdout(io.StringIO()):  # its module prints what its docstrings lack, when it is imported
         cls = transformers.T5GemmaForConditionalGeneration
     try:
-        stock, found = cls.from_pretrained(folder, dtype=dtype, attn_implementation="eager", output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        stock, found = load_model(cls, folder, dtype=dtype, attn_implementation="eager")
+    except UserError as error:
         raise UserError(
-            f"transformers' own T5Gemma cannot load {folder} ({' '.join(str(error).split())[:200]}). Give it the "
-            f"model type {AdaptedSeq2SeqConfig.model_type!r}, by converting it so."
+            f"transformers' own T5Gemma cannot load {folder} ({error}). Give it the model type "
+            f"{AdaptedSeq2SeqConfig.model_type!r}, by converting it so."
         ) from error
     wrong = [name for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in found[kind]]
     theirs = _logits(stock.to(device).eval(), inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForMultipleChoice, AutoModelForSequenceClassification, PreTrainedModel
@@ -11,7 +11,8 @@ from transformers.utils import logging
 
 from ..configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
 from ..errors import UserError
-from ..training.loading import load_config, loaded
+from ..io.checkpoints import load_model, locate
+from ..training.loading import load_config
 from ..training.parts import freeze
 from ..training.tokenizing import load_tokenizer
 from .data import InputForm
@@ -115,14 +116,12 @@ def _with_new_head(auto: Any, path: str, config: Any, kwargs: dict[str, Any]) ->
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # a report for every trial that the head is new
     try:
-        model, report = loaded(auto, path, config=config, output_loading_info=True, **kwargs)
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit {config.model_type}: {' '.join(str(error).split())}") from error
+        model, report = load_model(auto, locate(path), config=config, **kwargs)
     finally:
         logging.set_verbosity(before)
     if missing := sorted(key for key in report["missing_keys"] if not key.startswith("score.")):
         raise UserError(f"{path} has no {', '.join(missing[:5])}: it is not whole. Give a complete checkpoint.")
-    return cast(PreTrainedModel, model)
+    return model
 
 
 def _is_ours(config: Any) -> bool:

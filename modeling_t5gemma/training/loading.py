@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from ..collators import Layout
+from ..configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
+from ..conversion.reference import load_source
+from ..conversion.source import resolve_source
 from ..errors import UserError
-from ..stacks import T5GemmaPreTrainedModel
+from ..io import checkpoints
+from ..io.checkpoints import is_gguf, locate
 from .settings import DistillationSettings, ModelSettings
 from .teacher import Distillation, Teacher
 from .tokenizing import load_tokenizer, vocabulary_of
@@ -55,18 +57,21 @@ def load_whole(path: str, **kwargs: Any) -> PreTrainedModel:
     Raises:
         UserError: it cannot be loaded, is an encoder-decoder of another kind, or lacks tensors.
     """
-    config = load_config(path)
+    place = locate(path)
+    if is_gguf(place):
+        return load_source(resolve_source(str(place)), **kwargs)
+    config = checkpoints.load_config(place)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model, found = loaded(auto, path, output_loading_info=True, **kwargs)
-    if config.is_encoder_decoder and not isinstance(model, T5GemmaPreTrainedModel):
+    if config.is_encoder_decoder and not isinstance(config, T5GemmaConfig | AdaptedSeq2SeqConfig):
         raise UserError(f"{path} is a {config.model_type}. Of encoder-decoders, only T5Gemma's kind can be used.")
+    model, found = checkpoints.load_model(auto, place, **kwargs)
     if missing := sorted(found["missing_keys"]):
         raise UserError(
             f"{path} lacks {len(missing)} tensors such as {missing[0]}, which would be noise. It may be a classifier "
             "or an encoder: give a language model."
         )
-    whole: PreTrainedModel = model
-    return whole
+    model.config.name_or_path = path  # a Hub repository's is not the place in the cache
+    return model
 
 
 def load_config(path: str) -> Any:
@@ -75,9 +80,8 @@ def load_config(path: str) -> Any:
     Raises:
         UserError: it cannot be loaded, as where it is an adapter.
     """
-    if (Path(path) / "adapter_config.json").is_file() and not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path} is an adapter. Merge it into its base first: t5gemma merge {path} --output FOLDER.")
-    return loaded(AutoConfig, path)
+    place = locate(path, weights=False)
+    return resolve_source(str(place)).config if is_gguf(place) else checkpoints.load_config(place)
 
 
 def load_teacher(model: ModelSettings, how: DistillationSettings, layout: Layout) -> Teacher | None:
@@ -112,22 +116,6 @@ def load_original(path: str, dtype: str) -> PreTrainedModel:
             "model that the student was converted from."
         )
     return load_whole(path, dtype=getattr(torch, dtype))
-
-
-def loaded(auto: Any, path: str, **kwargs: Any) -> Any:
-    """``auto.from_pretrained``.
-
-    Raises:
-        UserError: for what it raises.
-    """
-    try:
-        return auto.from_pretrained(path, **kwargs)
-    except SafetensorError as error:
-        raise UserError(f"A file of weights in {path} is damaged or cut short ({error}). Write it again.") from error
-    except (OSError, ValueError) as error:
-        # Of a config that a class is not for, transformers lists all that it is for.
-        told = " ".join(str(error).split()).partition(" Model type should be one of")[0]
-        raise UserError(f"{path} cannot be loaded: {told}") from error
 
 
 def layout_of(model: PreTrainedModel, tokenizer: Any, encoder_bos: bool | None = None) -> Layout:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..collators import Layout
 from ..errors import UserError
+from ..io.tensors import check_finite_model
 from ..objectives import Objective, check_window, load_sentinels, save_sentinels, schedule_from, sentinels_of
 from .claims import claim, describe
 from .loading import layout_of, load_student, load_teacher
@@ -99,7 +100,13 @@ def make_trainer(settings: AdaptSettings) -> AdaptationTrainer:
 
 
 def save_adapted(trainer: ResumableTrainer, converted: str) -> None:
-    """Save the trained model in the output folder, with the papers of the checkpoint that it began as."""
+    """Save the trained model in the output folder, with the papers of the checkpoint that it began as.
+
+    Raises:
+        UserError: its weights are not finite.
+    """
+    if not trainer.is_fsdp_enabled:  # where no rank has all of them
+        check_finite_model(trainer.model, "the trained model")
     trainer.save_model()
     if trainer.args.should_save:
         copy_papers(converted, Path(trainer.args.output_dir))

@@ -25,22 +25,16 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-from transformers import AutoTokenizer
 
+from ..conversion.tokenizers import load_gguf_tokenizer
 from ..errors import UserError
+from ..io import checkpoints
+from ..io.checkpoints import is_gguf, locate
 from ..objectives import Tokens
 from .shards import INDEX, PARTIAL, Shard, ShardWriter, Vocabulary, read_index, write_json
 from .sources import BadRecord, BadRecords, Record, TextSource
 
 PROGRESS = "progress.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-)
 _NO_TOKENS = "no tokens"
 # What goes to a process at once: enough that sending it costs little, and little enough to be held for each process.
 _BATCH_CHARACTERS, _BATCH_RECORDS = 1 << 20, 1024
@@ -69,20 +63,13 @@ class Tokenized:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a folder or a Hub repository.
+    """The tokenizer of a folder, of a GGUF file (one beside it comes first) or of a Hub repository.
 
     Raises:
         UserError: there is none.
     """
-    if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
-        raise UserError(f"There is no folder {path}: give a checkpoint's folder or a Hub repository (owner/name).")
-    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
-        # For some model types transformers would make one without words.
-        raise UserError(f"{path} has no tokenizer that can be loaded: put its {TOKENIZER_FILES[0]} there.")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} has no tokenizer that can be loaded: {error}") from error
+    place = locate(path, weights=False)
+    tokenizer = load_gguf_tokenizer(place) if is_gguf(place) else checkpoints.load_tokenizer(place)
     tokenizer.model_max_length = 1 << 62  # a document may be longer than the model's input: it is cut later
     return tokenizer
 

@@ -138,21 +138,19 @@ class TestConfigs:
 
     @pytest.mark.parametrize("fields", [{"hidden_size": "wide"}, {"rms_norm_eps": [1]}, {"layer_types": ["odd"] * 4}])
     def test_fields_that_make_no_sense(self, fields, sources, copy_of, refused):
-        refused(r"config\.json is no valid Gemma 2 config", self.change(copy_of(sources("gemma2")), **fields))
+        line = refused(r"config\.json (says|cannot be loaded)", self.change(copy_of(sources("gemma2")), **fields))
+        assert next(iter(fields)) in line
 
     def test_quantised(self, sources, copy_of, refused):
         source = self.change(copy_of(sources("gemma2")), quantization_config={"quant_method": "bitsandbytes"})
         refused("quantised weights", source)
 
-    def test_code_in_the_source_is_never_run(self, sources, copy_of, convert, tmp_path):
-        """A config that asks for code of its own: the built-in class reads it, the code stays where it is."""
+    def test_code_in_the_source_is_never_run(self, sources, copy_of, refused):
+        """Whoever wrote it may compute something else than the built-in class of that name."""
         source = self.change(
             copy_of(sources("gemma2")), auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
         )
-        (source / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
-        folder = convert(source)
-        assert not (tmp_path / "ran").exists() and not (folder / "evil.py").exists()
-        assert "auto_map" not in json.loads((folder / "config.json").read_text())
+        refused("config.json asks for code of its own.*evil.Config.*never run", source)
 
     def test_tokenizer_with_code_of_its_own(self, sources, copy_of, refused):
         source = copy_of(sources("gemma2"))

@@ -125,7 +125,7 @@ def test_tables_fit_eighty_columns(sources, convert):
 
 def test_bad_input(sources, tmp_path):
     for given, message in (
-        (str(tmp_path / "nowhere"), "name of a repository"),
+        (str(tmp_path / "nowhere"), "neither a folder nor a Hub repository"),
         ("nowhere", "neither a folder nor a Hub repository"),
         (str(sources("gemma2")), "model type 'gemma2'"),
         (str(tmp_path), "config.json is missing"),
@@ -133,5 +133,5 @@ def test_bad_input(sources, tmp_path):
         with pytest.raises(UserError, match=message):
             inspect_checkpoint(given)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5gemma", "encoder": {"qk_norm": True}}))
-    with pytest.raises(UserError, match="is not valid"):
+    with pytest.raises(UserError, match=r"config\.json cannot be loaded|no valid|says"):
         inspect_checkpoint(str(tmp_path))

@@ -42,7 +42,7 @@ CONFIG_EDITS = {
     "is of model type 'llama'": lambda c: c.update(model_type="llama"),
     "T5GemmaEncoderModel. Only those that generate": lambda c: c.update(architectures=["T5GemmaEncoderModel"]),
     "holds a A and B. Only those": lambda c: c.update(architectures=["A", "B"]),
-    "is not valid": lambda c: c.update(encoder=3),
+    "config.json cannot be loaded": lambda c: c.update(encoder=3),
     "quantised weights": lambda c: c.update(quantization_config={"quant_method": "gguf"}),
     "has the shape": lambda c: c["encoder"].update(intermediate_size=80),
     "has besides .* such as model.decoder.layers.1": lambda c: c["decoder"].update(
@@ -71,6 +71,7 @@ def test_files_that_are_refused(checkpoint):
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(UserError, match=r"generation_config\.json cannot be read"):
         validate(folder)
+    (folder / "generation_config.json").unlink()
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json or tokenizer\.model, so its tokenizer has no words"):
         validate(folder)
