@@ -53,6 +53,10 @@ clean: ## remove the environments and caches
 	rm -rf $(VENV) $(FLOOR) build site *.egg-info .cache .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
+# -qq leaves errors visible. Bytecode is left to those who import it: making all of it takes as long as the rest.
+# The pip that comes with Python 3.11 takes twice as long to find out what to install as that of today.
+INSTALL = $(@D)/bin/python -m pip install -qq --no-compile --disable-pip-version-check
+
 OLD_PYTHON := import sys; sys.exit(sys.version_info < (3, 10) and \
 	"$(PYTHON) is Python %d.%d, and 3.10 or newer is needed: make PYTHON=/path/to/python3" % sys.version_info[:2])
 
@@ -61,12 +65,10 @@ $(VENV)/.created $(FLOOR)/.created:
 	@$(PYTHON) -c '$(OLD_PYTHON)'
 	@echo "Setting up $(@D) (torch and what comes with it; minutes the first time)"
 	@$(PYTHON) -m venv $(@D)
+	@$(INSTALL) --upgrade pip
 	@touch $@
 
-# A stamp is named for the extra it stands for. -qq leaves errors visible.
-# Bytecode is left to those who import it: making all of it takes as long as the rest.
-INSTALL = $(@D)/bin/python -m pip install -qq --no-compile --disable-pip-version-check
-
+# A stamp is named for the extra it stands for.
 $(VENV)/.dev $(VENV)/.demo: setup.cfg pyproject.toml constraints.txt | $(VENV)/.created
 	$(INSTALL) -c constraints.txt -e '.[$(@F:.%=%)]'
 	@touch $@
