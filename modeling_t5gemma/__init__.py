@@ -15,8 +15,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
     AutoModelForTokenClassification,
+    AutoTokenizer,
 )
 
+from . import pipelines  # noqa: F401  # registers its task
 from .configuration_t5gemma import (
     AdaptedSeq2SeqConfig,
     AdaptedSeq2SeqModuleConfig,
@@ -41,6 +43,7 @@ from .modeling_t5gemma import (
     T5GemmaModel,
 )
 from .stacks import T5GemmaEncoderOutput, T5GemmaPreTrainedModel
+from .text.tokenizer import Seq2SeqTokenizer
 
 __version__ = "0.1.0"
 
@@ -55,6 +58,7 @@ __all__ = [
     "AdaptedSeq2SeqModel",
     "AdaptedSeq2SeqModuleConfig",
     "AdaptedSeq2SeqPreTrainedModel",
+    "Seq2SeqTokenizer",
     "T5GemmaConfig",
     "T5GemmaEncoderModel",
     "T5GemmaEncoderOutput",
@@ -80,6 +84,8 @@ _HEADS = {
 }
 AutoConfig.register(T5GemmaConfig.model_type, T5GemmaConfig, exist_ok=True)
 AutoConfig.register(AdaptedSeq2SeqConfig.model_type, AdaptedSeq2SeqConfig, exist_ok=True)
+# By its name, which a converted checkpoint's tokenizer_config.json gives, it is found for T5GemmaConfig as well.
+AutoTokenizer.register(AdaptedSeq2SeqConfig, Seq2SeqTokenizer, exist_ok=True)
 for _auto, (_t5gemma, _adapted) in _HEADS.items():
     _auto.register(T5GemmaConfig, _t5gemma, exist_ok=True)
     _auto.register(AdaptedSeq2SeqConfig, _adapted, exist_ok=True)

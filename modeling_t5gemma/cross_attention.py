@@ -25,6 +25,7 @@ class CrossAttention:
             them.
         continues: the decoder's positions go on after the source's, whose keys are rotated, and its windows count over
             both; otherwise they begin at 0, and the source has no positions and is always seen whole.
+        begins: sources begin with ``<bos>``, as the original's texts do.
         weights: the decoder has weights for it, which ``is_cross_attention`` finds.
         summary: what it is, for model cards.
     """
@@ -33,6 +34,7 @@ class CrossAttention:
     reads: str
     joint: bool
     continues: bool
+    begins: bool
     weights: bool
     summary: str
 
@@ -82,6 +84,7 @@ KINDS = {
             reads=OUTPUT,
             joint=False,
             continues=False,
+            begins=False,
             weights=True,
             summary="Cross-attention is the decoder's own and reads the encoder's output.",
         ),
@@ -90,6 +93,7 @@ KINDS = {
             reads=KEY_VALUES,
             joint=True,
             continues=True,
+            begins=True,
             weights=False,
             summary="There are no cross-attention weights: decoder layer l attends, in one softmax with its own keys "
             "and values, to those of encoder layer m(l) (cross_attention_map in config.json).",

@@ -30,6 +30,7 @@ import modeling_t5gemma  # noqa: F401  # registers the Auto classes
 
 from .errors import UserError
 from .io.checkpoints import check_files, locate, told
+from .text.rules import unbegun, with_rows, with_rule
 
 POOLINGS = ("mean", "lasttoken")
 
@@ -37,8 +38,7 @@ POOLINGS = ("mean", "lasttoken")
 class T5GemmaTextEncoder(InputModule):
     """An encoder and its tokenizer; adds ``token_embeddings`` (B, S, D) to the features.
 
-    Texts are padded on the right. They begin with ``<bos>`` where cross-attention is layerwise and with nothing before
-    them otherwise, as in training.
+    Texts are padded on the right. They begin with ``<bos>`` where the tokenizer puts one, as in training.
 
     Args:
         checkpoint: a folder or Hub id, of an encoder-decoder or of an encoder alone.
@@ -70,7 +70,7 @@ class T5GemmaTextEncoder(InputModule):
             self.auto_model = AutoModelForTextEncoding.from_pretrained(
                 checkpoint, use_safetensors=True, **safely, **(model_kwargs or {})
             )
-            self.tokenizer = AutoTokenizer.from_pretrained(checkpoint, **safely)
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint, **safely)
         if not hasattr(self.auto_model.config, "encoder"):
             raise UserError(
                 f"{checkpoint} is a {self.auto_model.config.model_type}. Give an encoder-decoder of this package, or "
@@ -81,11 +81,7 @@ class T5GemmaTextEncoder(InputModule):
         self.max_seq_length = longest if max_seq_length is None else max_seq_length
         if not 2 <= self.max_seq_length <= longest:
             raise UserError(f"max_seq_length is {max_seq_length}; {checkpoint} was made for 2 to {longest} tokens.")
-        self._begin: list[int] = []
-        if config.decoder.cross_attention_type == "layerwise":
-            if self.tokenizer.bos_token_id is None:
-                raise UserError(f"The tokenizer of {checkpoint} has no bos_token, which its encoder begins with.")
-            self._begin = [self.tokenizer.bos_token_id]
+        self.tokenizer = with_rule(with_rows(tokenizer, config.encoder.vocab_size), config)
 
     def get_embedding_dimension(self) -> int:
         """D, the width of a token's embedding."""
@@ -101,10 +97,8 @@ class T5GemmaTextEncoder(InputModule):
             prompt: stands before each.
             max_length: instead of max_seq_length.
         """
-        texts = [prompt + text for text in inputs] if prompt else list(inputs)
-        room = (max_length or self.max_seq_length) - len(self._begin)
-        rows = self.tokenizer(texts, add_special_tokens=False, truncation=True, max_length=room)["input_ids"]
-        rows = [self._begin + row for row in rows]
+        texts = [unbegun(self.tokenizer, (prompt or "") + text) for text in inputs]
+        rows = self.tokenizer(texts, truncation=True, max_length=max_length or self.max_seq_length)["input_ids"]
         shape = len(rows), max(1, *map(len, rows))
         ids = torch.full(shape, self.auto_model.config.encoder.pad_token_id)
         mask = torch.zeros(shape, dtype=torch.long)
@@ -115,9 +109,8 @@ class T5GemmaTextEncoder(InputModule):
 
     def count_longer(self, texts: Sequence[str]) -> int:
         """How many texts are cut."""
-        room = self.max_seq_length - len(self._begin)
-        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return sum(len(row) > room for row in rows)
+        rows = self.tokenizer([unbegun(self.tokenizer, text) for text in texts], verbose=False)["input_ids"]
+        return sum(len(row) > self.max_seq_length for row in rows)
 
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         encoded = self.auto_model(features["input_ids"], attention_mask=features["attention_mask"])

@@ -27,6 +27,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
 from .cross_attention import kind_of
+from .labels import without_start
 from .layers import ClassificationHead, LMHead
 from .losses import Target, cross_entropy, linear_loss, token_losses
 from .stacks import T5GemmaDecoder, T5GemmaEncoder, T5GemmaPreTrainedModel, real_tokens
@@ -223,8 +224,11 @@ class T5GemmaForConditionalGeneration(T5GemmaPreTrainedModel, GenerationMixin):
             ValueError: a target or token losses without labels, or beside a head that is not one plain matrix (with an
                 adapter, quantised or sharded).
         """
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if labels is not None and decoder_inputs_embeds is None:
+            if decoder_input_ids is None:
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+            pad = self.config.decoder.pad_token_id
+            labels = without_start(labels, decoder_input_ids, self.decoder_start_token_id(), pad)
         if use_cache is None:
             # Teacher forcing has nothing to continue, and a cache would cost the padding mask of the target.
             use_cache = labels is None and not self.training and self.config.decoder.use_cache

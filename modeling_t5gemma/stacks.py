@@ -14,6 +14,7 @@ from torch.compiler import is_compiling
 from transformers import PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .attention import AUTO, BACKENDS, Needs, resolve_backend
@@ -21,9 +22,11 @@ from .blocks import DECODER_LAYERS, T5GemmaEncoderLayer, repeat_rows
 from .cache import KeyValues, fitted, new_cache, seen_tokens
 from .configuration_t5gemma import SLIDING, StackConfig, T5GemmaConfig, T5GemmaModuleConfig, is_bidirectional
 from .cross_attention import KEY_VALUES, OUTPUT, kind_of
+from .labels import complaints, shifted_right
 from .layers import ClassificationHead, RMSNorm, Rope, RotaryEmbedding, dropout
-from .losses import IGNORED
 from .masks import AttentionPattern, ends_of_source, join, positions_in_segments
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -57,6 +60,7 @@ class T5GemmaPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _labels_seen = False
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """Check a requested backend against the config; without a request each call takes the best legal one.
@@ -112,7 +116,8 @@ class T5GemmaPreTrainedModel(PreTrainedModel):
         raise ValueError("No decoder_start_token_id: set it in the generation config, or bos_token_id in the config.")
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels (B, T) shifted right by one behind the start token; ignored labels become padding.
+        """Labels (B, T) behind the start token: see ``labels.shifted_right``. The first labels that a model is given
+        are looked at, and what looks wrong is logged.
 
         Raises:
             ValueError: the config has no padding token.
@@ -120,9 +125,18 @@ class T5GemmaPreTrainedModel(PreTrainedModel):
         pad = self.config.decoder.pad_token_id
         if pad is None:
             raise ValueError("pad_token_id has to be set in the decoder's config to shift labels.")
-        start = labels.new_full((labels.shape[0], 1), self.decoder_start_token_id())
-        shifted = torch.cat([start, labels[:, :-1]], dim=1)
-        return shifted.masked_fill(shifted == IGNORED, pad)
+        start = self.decoder_start_token_id()
+        if not (self._labels_seen or is_compiling() or labels.is_meta):
+            self._labels_seen = True  # once: on a GPU to look is to wait
+            for complaint in complaints(labels, start, pad, self._ends()):
+                logger.warning("The labels look wrong. %s", complaint)
+        return shifted_right(labels, start, pad)
+
+    def _ends(self) -> set[int]:
+        """Tokens that end an answer."""
+        configs = (getattr(self, "generation_config", None), self.config.decoder)
+        ends = [getattr(config, "eos_token_id", None) for config in configs]
+        return {token for each in ends if each is not None for token in (each if isinstance(each, list) else [each])}
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True

@@ -204,8 +204,8 @@ def test_what_is_left_out_and_cut_is_told(embed, checkpoint, tmp_path, capsys):
     (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(embed.pairs_of(settings.data, str(tmp_path / "some.jsonl"))) == 1
     assert "left out 1 of 2 pairs" in capsys.readouterr().out
-    layerwise = embed.sentence_transformer(str(checkpoint), device="cpu")[0]._begin
-    for cut, longer in ((9 + len(layerwise), 0), (8 + len(layerwise), 1)):
+    begins = embed.sentence_transformer(str(checkpoint), device="cpu")[0].tokenizer.begins
+    for cut, longer in ((9 + begins, 0), (8 + begins, 1)):
         model = embed.sentence_transformer(str(checkpoint), max_seq_length=cut, device="cpu")
         assert model[0].count_longer([SHORT, LONG]) == longer
 

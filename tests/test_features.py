@@ -243,15 +243,14 @@ def test_pipeline(model, tmp_path):
     words = word_tokenizer()
     from transformers import pipeline
 
-    import modeling_t5gemma.pipelines  # noqa: F401
-
     model.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
     write = pipeline("seq2seq-generation", model=str(tmp_path))
     assert type(write.model).__module__ == "modeling_t5gemma.modeling_t5gemma"
     texts = ["w5 w6 w7 w8", "w9 w4"]
     results = write(texts, max_new_tokens=6, do_sample=False)
-    batch = words(texts[1], return_tensors="pt")
+    begin = "<bos>" if model.config.decoder.cross_attention_type == "layerwise" else ""
+    batch = words(begin + texts[1], return_tensors="pt")
     expected = model.generate(**batch, max_new_tokens=6, do_sample=False)
     assert results[1] == [{"generated_text": words.decode(expected[0], skip_special_tokens=True)}]
 

@@ -18,7 +18,7 @@ from modeling_t5gemma.conversion.plan import Constant, Copied, Drawn, Plan, Writ
 from modeling_t5gemma.conversion.source import Source, resolve_source
 from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
 from modeling_t5gemma.conversion.target import Target, build_target
-from modeling_t5gemma.conversion.tokenizers import chat_template, check_same_vocabulary, write_tokenizer
+from modeling_t5gemma.conversion.tokenizers import check_same_vocabulary, write_tokenizer
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.io import hub
 from modeling_t5gemma.io.safetensors_files import TensorToWrite, write_index, write_safetensors
@@ -72,9 +72,9 @@ def carry_out(prepared: Prepared, on_bytes: Callable[[int], None] = lambda _: No
     options, target, plan = prepared
     enc, dec = target.encoder.source, target.decoder.source
     with staged(options.output, overwrite=options.overwrite, needed=plan.nbytes) as folder:
-        write_tokenizer(enc, dec, folder)
+        turn_ends = write_tokenizer(enc, dec, folder, target.config)
         _write_config(folder, prepared)
-        _generation_config(dec, chat_template(folder)).save_pretrained(folder)
+        _generation_config(dec, turn_ends).save_pretrained(folder)
         write_documents(folder, target, plan, options)
         _write_weights(folder, prepared, on_bytes)
         if options.verify:
@@ -106,7 +106,7 @@ def _write_config(folder: Path, prepared: Prepared) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _generation_config(dec: Source, template: str) -> GenerationConfig:
+def _generation_config(dec: Source, turn_ends: list[int]) -> GenerationConfig:
     """The special tokens to start and stop at, from the source's own generation config where it has one.
 
     Its sampling settings are left: they were chosen for a chat model, and T5Gemma's results are greedy.
@@ -115,9 +115,9 @@ def _generation_config(dec: Source, template: str) -> GenerationConfig:
         name: dec.generation.get(name, getattr(dec.config, name))
         for name in ("bos_token_id", "eos_token_id", "pad_token_id")
     }
-    if "<end_of_turn>" in template and dec.family.end_of_turn_id is not None:
+    if turn_ends:
         ends = ids["eos_token_id"] if isinstance(ids["eos_token_id"], list) else [ids["eos_token_id"]]
-        ids["eos_token_id"] = list(dict.fromkeys([*ends, dec.family.end_of_turn_id]))
+        ids["eos_token_id"] = list(dict.fromkeys([*ends, *turn_ends]))
     return GenerationConfig(decoder_start_token_id=ids["bos_token_id"], **ids)
 
 

@@ -104,7 +104,8 @@ def _card(target: Target, plan: Plan, options: ConversionOptions, terms_file: st
         cross_attention=_CROSS_ATTENTION.get(target.cross_attention) or kind_of(target.config).summary,
         provenance=_provenance(target, plan, options),
         needs_package=target.config.model_type != "t5gemma",
-        layerwise=target.config.cross_attention_type == "layerwise",
+        begins=kind_of(target.config).begins,
+        says=True,
         legal=legal,
         terms_file=terms_file,
     )

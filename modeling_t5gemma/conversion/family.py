@@ -92,7 +92,6 @@ class Family:
         tensors: source name without its prefix to stack name.
         left_out: patterns of whole source names that are left out, and why.
         tokenizer_class: of a tokenizer that does not name its own.
-        end_of_turn_id: the token that ends an instruction-tuned model's turn.
         legal: what has to accompany a derivative; None if nothing.
         gguf: how llama.cpp stores the family.
     """
@@ -108,7 +107,6 @@ class Family:
     tensors: Mapping[str, str]
     left_out: Mapping[str, str]
     tokenizer_class: str
-    end_of_turn_id: int | None
     legal: Legal | None
     gguf: GgufLayout
 

@@ -1,9 +1,8 @@
-"""The tokenizer of a converted checkpoint: the source's files as they are, or rebuilt from a GGUF file."""
+"""The tokenizer of a converted checkpoint: its source's words, under its own rule for what begins a text."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -15,9 +14,10 @@ from typing import Any
 import transformers
 
 from modeling_t5gemma.conversion.source import Source, resolve_source
+from modeling_t5gemma.cross_attention import kind_of
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.io.checkpoints import load_tokenizer, told
-from modeling_t5gemma.io.text_files import read_json, read_text
+from modeling_t5gemma.text.files import write_rule
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
 _FILES = (
@@ -28,15 +28,13 @@ _FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# transformers takes 340 MB to rebuild a vocabulary of 262,144 from a GGUF file, so a process of its own does it. The
-# tokenizer's class is named because AutoTokenizer would read the whole header by way of objects, 740 MB. Every Gemma
-# begins its input with <bos>, which transformers before 5.22 forgets here.
+# transformers takes 340 MB to rebuild a vocabulary of 262,144, so a process of its own does it. The tokenizer's class
+# is named because AutoTokenizer would read the whole header of a GGUF file by way of objects, 740 MB.
 _REBUILD = (
     "import sys, transformers\n"
-    "_, cls, folder, file, into = sys.argv\n"
-    "tokenizer = getattr(transformers, cls).from_pretrained(folder, gguf_file=file)\n"
-    "tokenizer.add_bos_token = True\n"
-    "tokenizer.save_pretrained(into)\n"
+    "_, cls, folder, into, *gguf = sys.argv\n"
+    "options = {'gguf_file': gguf[0]} if gguf else {}\n"
+    "getattr(transformers, cls).from_pretrained(folder, **options).save_pretrained(into)\n"
 )
 
 
@@ -59,33 +57,34 @@ def check_same_vocabulary(enc: Source, dec: Source) -> None:
         )
 
 
-def write_tokenizer(enc: Source, dec: Source, folder: Path) -> bool:
-    """Put the decoder source's tokenizer into ``folder``, or the encoder source's if that has none.
+def write_tokenizer(enc: Source, dec: Source, folder: Path, config: Any) -> list[int]:
+    """Put the decoder source's tokenizer into ``folder``, or the encoder source's if that has none: the same words
+    under the rule of the checkpoint, by which ``tokenizer(text)`` makes what its encoder reads.
 
-    ``tokenizer_config.json`` names the class, without which transformers goes by the model type: "t5gemma" means
-    Gemma's class there, and "adapted_seq2seq" none.
+    Args:
+        config: the checkpoint's.
 
     Returns:
-        Whether there was one.
+        The tokens that end a turn in its chat template.
 
     Raises:
-        UserError: the one in a GGUF file cannot be rebuilt.
+        UserError: the tokenizer cannot be rebuilt, or is damaged.
     """
     source = dec if _has_tokenizer(dec) else enc
     if not _has_tokenizer(source):
-        return False
-    if _vocabulary_file(source) is None:
-        _rebuild(source, folder)
-    else:
+        return []
+    if _vocabulary_file(source) is not None:
         for name in _FILES:
             if (source.folder / name).exists():
                 shutil.copyfile(source.folder / name, folder / name)
-    config_file = folder / "tokenizer_config.json"
-    config = read_json(config_file) if config_file.exists() else {}
-    if not config.get("tokenizer_class"):
-        config["tokenizer_class"] = source.family.tokenizer_class
-        config_file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return True
+    if not (folder / "tokenizer.json").exists():
+        _rebuild(source, folder)
+    return write_rule(
+        folder,
+        begins=kind_of(config.decoder).begins,
+        rows=min(config.encoder.vocab_size, config.decoder.vocab_size),
+        ids={role: getattr(source.config, f"{role}_token_id") for role in ("bos", "eos", "pad")},
+    )
 
 
 def load_gguf_tokenizer(path: Path) -> Any:
@@ -104,16 +103,6 @@ def load_gguf_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def chat_template(folder: Path) -> str:
-    """The chat template among a checkpoint's files, "" without one."""
-    if (folder / "chat_template.jinja").exists():
-        return read_text(folder / "chat_template.jinja")
-    for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).exists() and (template := read_json(folder / name).get("chat_template")):
-            return str(template)
-    return ""
-
-
 def _vocabulary_file(source: Source) -> Path | None:
     for name in _VOCABULARY_FILES:
         if (source.folder / name).exists():
@@ -126,7 +115,9 @@ def _has_tokenizer(source: Source) -> bool:
 
 
 def _rebuild(source: Source, folder: Path) -> None:
-    arguments = [source.family.tokenizer_class, str(source.folder), source.path.name, str(folder)]
+    """From a GGUF file, or a tokenizer.model."""
+    gguf = [source.path.name] if source.is_gguf else []
+    arguments = [source.family.tokenizer_class, str(source.folder), str(folder), *gguf]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(
         [sys.executable, "-c", _REBUILD, *arguments], env=environment, capture_output=True, text=True, check=False
@@ -134,7 +125,7 @@ def _rebuild(source: Source, folder: Path) -> None:
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(
-            f"The tokenizer in {source.path} cannot be rebuilt ({reason}). Put the model's tokenizer.json beside it."
+            f"The tokenizer in {source.path} cannot be rebuilt ({reason}). Put the model's tokenizer.json there."
         )
 
 

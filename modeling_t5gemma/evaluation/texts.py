@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UserError
 from ..inference.prompts import Messages, Prompts, longest_prompt
+from ..text.rules import unbegun
 from .scoring import Pair
 
 
@@ -62,15 +63,10 @@ class Texts:
             system, first, *others = messages
             joined = {**first, "content": f"{system['content']}\n\n{first['content']}"}
             text = self.prompts.rendered([joined, *others], **ending)
-        if self.prompts.decoder_only:
-            return text
-        return text.removeprefix(self.prompts.tokenizer.bos_token or "")  # not the template's to say, as in Prompts
+        return text
 
     def context(self, text: str) -> list[int]:
         """What an encoder reads, or what a decoder-only model's row begins with; ``<bos>`` for an empty text."""
-        bos = self.prompts.tokenizer.bos_token
-        if self.prompts.decoder_only and bos and text.startswith(bos):
-            return self.plain(text)
         return self.prompts.text(text) or [self.beginning]
 
     def plain(self, text: str) -> list[int]:
@@ -117,7 +113,7 @@ class Texts:
         A decoder-only model's scores don't depend on the cuts, as long as the text fits. An encoder-decoder's do: its
         encoder sees nothing of a block and its decoder nothing else. It cuts a text of less than two blocks in half.
         """
-        ids = self.plain(text)
+        ids = self.plain(unbegun(self.prompts.tokenizer, text))
         if not self.prompts.decoder_only:
             block = max(1, min(block, -(-len(ids) // 2)))
         for start in range(0, len(ids), block):

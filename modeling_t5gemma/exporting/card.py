@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 translator = ctranslate2.Translator(folder, device="cpu")
-ids = tokenizer("The text that the encoder reads", add_special_tokens=False).input_ids
+ids = tokenizer("The text that the encoder reads").input_ids
 words = tokenizer.convert_ids_to_tokens(ids)
 (result,) = translator.translate_batch([words], beam_size=1, max_input_length=0, max_decoding_length=64)
 print(tokenizer.decode(tokenizer.convert_tokens_to_ids(result.hypotheses[0])))
@@ -36,8 +36,7 @@ from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 packages = Packages.load(folder)
-text = {begin}"The text that the encoder reads"
-ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+ids = tokenizer("The text that the encoder reads", return_tensors="pt").input_ids
 print(tokenizer.decode(packages.generate(ids, max_new_tokens=64)[0], skip_special_tokens=True))
 """
 _PROGRAMS = """\
@@ -57,11 +56,10 @@ B is the batch, S the source's length, C how many tokens there is room for, each
 After each step write new_keys and new_values into keys and values at the slot. A text ends at {ends}."""
 
 
-def write_card(folder: Path, checkpoint: Path, export: Export, config: Any, papers: Sequence[str]) -> None:
+def write_card(folder: Path, checkpoint: Path, export: Export, papers: Sequence[str]) -> None:
     """Write ``README.md``; the checkpoint's own card goes with it under another name.
 
     Args:
-        config: the model's.
         papers: names of the files with terms and notices.
     """
     data, origin = {}, ""
@@ -80,7 +78,7 @@ def write_card(folder: Path, checkpoint: Path, export: Export, config: Any, pape
         f"`{export.checkpoint}`, an encoder-decoder, written for {title} by [modeling_t5gemma]"
         f"(https://pypi.org/project/modeling-t5gemma).{origin}",
         "## Use",
-        f'```python\nfolder = "where/this/lies"\n\n{_code(export, config)}```',
+        f'```python\nfolder = "where/this/lies"\n\n{_CTRANSLATE2 if export.format == "ctranslate2" else _PACKAGES}```',
         *_programs(export),
         f"## Beside the model in float32\n\n{_table(export.deviation.rows())}",
     ]
@@ -93,13 +91,6 @@ def write_card(folder: Path, checkpoint: Path, export: Export, config: Any, pape
             f"under the terms of what they were made of; whoever passes them on passes on {named}."
         )
     (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-
-
-def _code(export: Export, config: Any) -> str:
-    if export.format == "ctranslate2":
-        return _CTRANSLATE2
-    layerwise = config.cross_attention_type == "layerwise"  # whose encoder reads a <bos>
-    return _PACKAGES.format(begin="tokenizer.bos_token + " if layerwise else "")
 
 
 def _programs(export: Export) -> list[str]:

@@ -15,6 +15,7 @@ from ..conversion.staging import check_apart, check_output, staged
 from ..errors import UserError
 from ..inference.loading import load_checkpoint
 from ..io.checkpoints import ADAPTER
+from ..text.rules import with_rule
 from ..training.loading import load_config
 from ..training.papers import legal_papers
 from .card import write_card
@@ -83,7 +84,7 @@ def export(
     size = sum(parameter.numel() for parameter in found.model.parameters())
     needed = size * FORMATS[format].quantizations[quantization]
     with staged(output, overwrite=overwrite, needed=needed) as folder:
-        tokenizer.save_pretrained(folder)
+        with_rule(tokenizer, config).save_pretrained(folder)
         backend.write(found, folder, decoding)
         del found
         gc.collect()  # the model and the export need not be in memory at once
@@ -101,7 +102,7 @@ def export(
         papers = legal_papers(checkpoint)
         for path in papers:
             shutil.copyfile(path, folder / path.name)
-        write_card(folder, checkpoint, made, config, [path.name for path in papers])
+        write_card(folder, checkpoint, made, [path.name for path in papers])
     return made
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..inference.loading import Checkpoint
 from ..inference.prompts import Prompts, longest_prompt
+from ..text.rules import source_ids
 
 NEW_TOKENS = 32
 _SHORTEST = 4
@@ -75,7 +76,7 @@ def halves(checkpoint: Checkpoint, texts: Iterable[str]) -> list[Sample]:
     limit = longest_prompt(checkpoint.model, NEW_TOKENS)
     samples = []
     for text in texts:
-        ids = checkpoint.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:limit]
+        ids = source_ids(checkpoint.tokenizer, text, None)[:limit]
         if len(ids) < _SHORTEST:
             raise UserError(
                 f"A text to measure on has {len(ids)} tokens ({text!r}): give {_SHORTEST} or more, half of which are "

@@ -10,20 +10,18 @@ from transformers import PreTrainedModel
 
 from ..cross_attention import kind_of
 from ..errors import UserError
-from ..training.loading import layout_of
+from ..text.rules import source_begin, source_ids, turn_ends
 
 Messages = list[dict[str, Any]]
-
-# What the assistant says to find out how the template ends its turn.
-_ANSWER = "answer"
 
 
 @dataclass(frozen=True)
 class Prompts:
     """Texts and messages to input ids.
 
-    An encoder reads what it was trained on: a source without special tokens, behind ``<bos>`` where cross-attention is
-    layerwise. A decoder-only model reads what its tokenizer makes.
+    An encoder reads what it was trained on: a source without special tokens, behind ``<bos>`` where its tokenizer puts
+    one. A decoder-only model reads what its tokenizer makes. A text that begins with ``<bos>`` already, as a chat
+    template writes it, gets no second one.
 
     Attributes:
         tokenizer: the model's.
@@ -40,17 +38,18 @@ class Prompts:
         """Those of a model.
 
         Raises:
-            UserError: as ``layout_of``.
+            UserError: as ``source_begin``.
         """
         if not model.config.is_encoder_decoder:
             return cls(tokenizer, None, decoder_only=True)
-        return cls(tokenizer, layout_of(model, tokenizer).encoder_begin, decoder_only=False)
+        return cls(tokenizer, source_begin(tokenizer, model.config), decoder_only=False)
 
     def text(self, text: str) -> list[int]:
         """A text as it is; special tokens that it spells are special tokens."""
         if self.decoder_only:
-            return self._tokens(text, add_special_tokens=True)
-        return self.source(self._tokens(text, add_special_tokens=False))
+            bos = self.tokenizer.bos_token
+            return self._tokens(text, add_special_tokens=not (bos and text.startswith(bos)))
+        return source_ids(self.tokenizer, text, self.begin)
 
     def chat(self, messages: Messages) -> list[int]:
         """Messages as the chat template writes them, up to where the assistant's answer begins.
@@ -61,8 +60,7 @@ class Prompts:
         text = self.rendered(messages, add_generation_prompt=True)
         if self.decoder_only:
             return self._tokens(text, add_special_tokens=False)
-        text = text.removeprefix(self.tokenizer.bos_token or "")  # what begins the input is not the template's to say
-        return self.source(self._tokens(text, add_special_tokens=False))
+        return source_ids(self.tokenizer, text, self.begin)
 
     def source(self, ids: Sequence[int]) -> list[int]:
         """Tokens of an encoder's source, behind what its input begins with."""
@@ -80,11 +78,7 @@ class Prompts:
         Raises:
             UserError: there is no template, or it refuses the messages.
         """
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                f"The tokenizer of {self.tokenizer.name_or_path} has no chat template: it is no chat model's. "
-                "`t5gemma generate` continues plain text."
-            )
+        self._check_template()
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages,
@@ -102,12 +96,8 @@ class Prompts:
         Raises:
             UserError: there is no template, or it refuses a question and an answer.
         """
-        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _ANSWER}]
-        behind = self.rendered(turns, add_generation_prompt=False).rpartition(_ANSWER)[2]
-        # Added, not only special ones: Gemma's first tokenizers have <end_of_turn> as an ordinary added token.
-        added = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-        tokens = self._tokens(behind.strip(), add_special_tokens=False)
-        return [token for token in tokens if token in added][:1]
+        self._check_template()
+        return turn_ends(self.tokenizer)
 
     def shortened(self, ids: list[int], limit: int, *, middle: bool) -> list[int]:
         """At most ``limit`` ids, among them a ``<bos>`` at the beginning.
@@ -121,6 +111,13 @@ class Prompts:
         first = int(ids[0] == self.tokenizer.bos_token_id)
         head = first + (limit - first + 1) // 2 if middle else first
         return [*ids[:head], *ids[len(ids) - (limit - head) :]]
+
+    def _check_template(self) -> None:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                f"The tokenizer of {self.tokenizer.name_or_path} has no chat template: it is no chat model's. "
+                "`t5gemma generate` continues plain text."
+            )
 
     def _tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]

@@ -13,6 +13,7 @@ from transformers import Seq2SeqTrainingArguments as TrainingArguments
 
 from ..collators import Layout
 from ..errors import UserError
+from ..text.rules import with_rule
 from ..training.claims import claim, describe
 from ..training.examples import steps_of
 from ..training.loading import layout_of, load_student
@@ -104,9 +105,10 @@ def _begin(settings: DpoRun | GrpoRun, max_target: int) -> _Begun:
     tokenizer = load_tokenizer(settings.model.path)
     if settings.data.chat_template is not None:
         tokenizer.chat_template = read_template(settings.data.chat_template)
-    renderer = Renderer(tokenizer, max_source=settings.data.max_source, max_target=max_target)
     model = load_student(settings.model)
-    layout = layout_of(model, tokenizer, settings.tuning.encoder_bos)
+    tokenizer = with_rule(tokenizer, model.config, settings.tuning.encoder_bos)
+    renderer = Renderer(tokenizer, max_source=settings.data.max_source, max_target=max_target)
+    layout = layout_of(model, tokenizer)
     _check_lengths(settings.data.max_source + layout.extra_source_tokens(), max_target, model)
     known = model.generation_config.eos_token_id
     before = known if isinstance(known, list) else [] if known is None else [known]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
+from ..text.rules import source_ids, turn_ends
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
@@ -117,12 +118,8 @@ class Renderer:
 
     def ends(self) -> list[int]:
         """Tokens that generation stops at: the end of the sequence, and with a chat template the end of a turn."""
-        ids = [int(self._eos[0])]
-        if self.tokenizer.chat_template:
-            special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
-            turn = self.target([{"role": "assistant", "content": "!"}]).tolist()
-            ids += [token for token in turn if token in special and token not in ids][-1:]
-        return ids
+        turn = turn_ends(self.tokenizer) if self.tokenizer.chat_template else []
+        return list(dict.fromkeys([int(self._eos[0]), *turn]))
 
     def _tokens_of_answer(self, answer: Messages, prompt: Text | None, tools: Any) -> Ids:
         if len(answer) != 1 or answer[0].get("role") != "assistant":
@@ -147,7 +144,6 @@ class Renderer:
         return self._apply(prompt, tools, add_generation_prompt=True)
 
     def _apply(self, messages: Messages, tools: Any, *, add_generation_prompt: bool) -> str:
-        """The template's text without ``<bos>``, which the layout of a batch puts before it."""
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"The tokenizer {self.tokenizer.name_or_path} has no chat template, so it cannot render messages. "
@@ -162,7 +158,7 @@ class Renderer:
             raise
         except Exception as error:  # a template is a program: what it raises can be anything
             raise UnusableRecord(f"the chat template refuses it ({' '.join(str(error).split())})") from error
-        return text.removeprefix(self.tokenizer.bos_token or "")
+        return text
 
     def _template(self, messages: Messages, tools: Any, add_generation_prompt: bool) -> str:
         text: str = self.tokenizer.apply_chat_template(
@@ -171,7 +167,8 @@ class Renderer:
         return text
 
     def _tokens(self, text: str) -> Ids:
-        return np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int32)
+        """Without ``<bos>``, which a template may have written and the layout of a batch puts before it."""
+        return np.array(source_ids(self.tokenizer, text, None), np.int32)
 
     def _fitted(self, ids: Ids, whole: int) -> Rendered:
         if len(ids) > self.max_source:

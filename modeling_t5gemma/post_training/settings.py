@@ -112,8 +112,8 @@ class TuningSettings:
     Attributes:
         frozen: parts that stay as they are: embeddings, encoder, decoder, cross_attention.
         learning_rates: factors on the learning rate by part.
-        encoder_bos: whether sources begin with the beginning-of-sequence token; left out, where cross-attention is
-            layerwise.
+        encoder_bos: whether sources begin with the beginning-of-sequence token, saved with the tokenizer; left out, as
+            the tokenizer has it.
     """
 
     frozen: list[Part] = field(default_factory=list)
@@ -315,8 +315,8 @@ class PolicySettings:
 
     Attributes:
         frozen: parts that stay as they are: embeddings, encoder, decoder, cross_attention.
-        encoder_bos: whether sources begin with the beginning-of-sequence token; left out, where cross-attention is
-            layerwise.
+        encoder_bos: whether sources begin with the beginning-of-sequence token, saved with the tokenizer; left out, as
+            the tokenizer has it.
     """
 
     frozen: list[Part] = field(default_factory=list)

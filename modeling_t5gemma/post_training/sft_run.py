@@ -15,6 +15,7 @@ from transformers import Seq2SeqTrainingArguments as TrainingArguments
 
 from ..collators import Layout
 from ..errors import UserError
+from ..text.rules import with_rule
 from ..training.claims import claim, describe
 from ..training.examples import ShuffledExamples, rows_of_an_epoch, steps_of
 from ..training.loading import layout_of, load_model, load_teacher
@@ -48,7 +49,9 @@ def make_trainer(settings: SftSettings) -> SftTrainer | DecoderOnlySftTrainer:
     claim(Path(training.output_dir), told, training.should_save)
     train, held_out = load_examples(data, renderer, training)
     model = _load(settings)
-    layout = layout_of(model, tokenizer, settings.tuning.encoder_bos)
+    if model.config.is_encoder_decoder:
+        tokenizer = with_rule(tokenizer, model.config, settings.tuning.encoder_bos)
+    layout = layout_of(model, tokenizer)
     check_lengths(data, layout, model)
     _end_turns(model, renderer.ends())
     if settings.lora is not None:

@@ -20,6 +20,8 @@ from ..inference.loading import Checkpoint, load_checkpoint
 from ..io.checkpoints import ADAPTER, load_config, load_model
 from ..io.safetensors_files import read_headers, weight_files
 from ..io.text_files import read_json
+from ..text.rules import source_begin, source_ids
+from ..text.tokenizer import Seq2SeqTokenizer
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 _TEXT = "The encoder reads this text, and the decoder goes on from it."
@@ -41,6 +43,8 @@ class Validated:
         needs_code: whether stock transformers cannot load it, so that its repository has to hold the code.
         generated: what it said to a fixed text.
         chats: whether its tokenizer has a chat template.
+        begins: whether what the encoder reads begins with ``<bos>``.
+        says: whether its tokenizer does that by itself; one of an older checkpoint does what its original's did.
     """
 
     config: T5GemmaConfig | AdaptedSeq2SeqConfig
@@ -50,6 +54,8 @@ class Validated:
     needs_code: bool
     generated: str
     chats: bool
+    begins: bool
+    says: bool
 
 
 def validate(folder: Path) -> Validated:
@@ -64,14 +70,9 @@ def validate(folder: Path) -> Validated:
     _check_shapes(folder, config, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     _check_tokenizer(folder)
     checkpoint = load_checkpoint(str(folder))
-    words = len(checkpoint.tokenizer)
-    if words > config.decoder.vocab_size:
-        raise UserError(
-            f"The tokenizer of {folder} has {words} words and the model {config.decoder.vocab_size}. Save the two "
-            "that belong together."
-        )
-    generated = _generate(folder, checkpoint)
-    chats = bool(checkpoint.tokenizer.chat_template)
+    tokenizer = checkpoint.tokenizer
+    begin = source_begin(tokenizer, config)
+    generated = _generate(folder, checkpoint, source_ids(tokenizer, _TEXT, begin))
     needs_code = not isinstance(config, T5GemmaConfig)
     if not needs_code:
         inputs = _inputs(config, checkpoint.model.device)
@@ -87,7 +88,9 @@ def validate(folder: Path) -> Validated:
         tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})),
         needs_code,
         generated,
-        chats,
+        chats=bool(tokenizer.chat_template),
+        begins=begin is not None,
+        says=isinstance(tokenizer, Seq2SeqTokenizer),
     )
 
 
@@ -139,9 +142,9 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 @torch.no_grad()
-def _generate(folder: Path, checkpoint: Checkpoint) -> str:
-    model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    ids = torch.tensor([tokenizer(_TEXT).input_ids], device=model.device)
+def _generate(folder: Path, checkpoint: Checkpoint, source: list[int]) -> str:
+    model = checkpoint.model
+    ids = torch.tensor([source], device=model.device)
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -152,7 +155,7 @@ def _generate(folder: Path, checkpoint: Checkpoint) -> str:
     )
     if not all(bool(torch.isfinite(step).all()) for step in out.logits):
         raise UserError(f"{folder} gives logits that are not finite. Publish a checkpoint from before it diverged.")
-    text: str = tokenizer.decode(out.sequences[0], skip_special_tokens=True)
+    text: str = checkpoint.tokenizer.decode(out.sequences[0], skip_special_tokens=True)
     return text
 
 

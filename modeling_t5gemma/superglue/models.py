@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
 from ..errors import UserError
 from ..io.checkpoints import load_model, locate
+from ..text.rules import source_begin
 from ..training.loading import load_config
 from ..training.parts import freeze
 from ..training.tokenizing import load_tokenizer
@@ -55,12 +56,7 @@ class Checkpoint:
         longest = stack.max_position_embeddings
         if data.max_length is not None and not 1 <= data.max_length <= longest:
             raise UserError(f"data.max_length is {data.max_length}, and {path} was made for 1 to {longest} tokens.")
-        bos = None
-        # As in training: a layerwise encoder's input begins with <bos>, as its decoder-only original's did.
-        if _is_ours(config) and config.cross_attention_type == "layerwise":
-            bos = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else stack.bos_token_id
-            if bos is None:
-                raise UserError(f"{path} has no beginning-of-sequence token: set bos_token_id in its config.")
+        bos = source_begin(tokenizer, config) if _is_ours(config) else None
         form = InputForm(tokenizer, bos, reads == "decoder", data.max_length or longest, pad)
         return cls(path, head, reads, form)
 

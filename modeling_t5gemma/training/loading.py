@@ -14,6 +14,7 @@ from ..conversion.source import resolve_source
 from ..errors import UserError
 from ..io import checkpoints
 from ..io.checkpoints import is_gguf, locate
+from ..text.rules import source_begin
 from .settings import DistillationSettings, ModelSettings
 from .teacher import Distillation, Teacher
 from .tokenizing import load_tokenizer, vocabulary_of
@@ -118,12 +119,8 @@ def load_original(path: str, dtype: str) -> PreTrainedModel:
     return load_whole(path, dtype=getattr(torch, dtype))
 
 
-def layout_of(model: PreTrainedModel, tokenizer: Any, encoder_bos: bool | None = None) -> Layout:
+def layout_of(model: PreTrainedModel, tokenizer: Any) -> Layout:
     """How examples become the inputs of a model.
-
-    Args:
-        encoder_bos: whether sources begin with ``<bos>``; None for where cross-attention is layerwise. A decoder-only
-            model's always do.
 
     Raises:
         UserError: there is no ``<bos>`` or no padding token.
@@ -135,6 +132,5 @@ def layout_of(model: PreTrainedModel, tokenizer: Any, encoder_bos: bool | None =
         raise UserError("The model's config has no bos_token_id or no pad_token_id: set both.")
     if decoder is None:
         return Layout(config.pad_token_id, bos, bos, bos)
-    if encoder_bos is None:
-        encoder_bos = decoder.cross_attention_type == "layerwise"
-    return Layout(config.pad_token_id, model.decoder_start_token_id(), bos if encoder_bos else None, bos)
+    begin = source_begin(tokenizer, model.config)
+    return Layout(config.pad_token_id, model.decoder_start_token_id(), begin, bos)

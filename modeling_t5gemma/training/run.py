@@ -13,6 +13,7 @@ from ..collators import Layout
 from ..errors import UserError
 from ..io.tensors import check_finite_model
 from ..objectives import Objective, check_window, load_sentinels, save_sentinels, schedule_from, sentinels_of
+from ..text.rules import with_rule
 from .claims import claim, describe
 from .loading import layout_of, load_student, load_teacher
 from .papers import copy_papers
@@ -63,7 +64,8 @@ def make_trainer(settings: AdaptSettings) -> AdaptationTrainer:
             f"model.teacher, or train on prefix_lm alone. The objective is {settings.objective!r}."
         )
     model = load_student(settings.model)
-    layout = layout_of(model, tokenizer, settings.recipe.encoder_bos)
+    tokenizer = with_rule(tokenizer, model.config, settings.recipe.encoder_bos)
+    layout = layout_of(model, tokenizer)
     _check_lengths(settings.data, objectives, layout, model)
     claim(output, describe(settings), training.should_save)
     samples, held_out, rows_of_run = samples_of(settings.data, settings.model, training, schedule, tokenizer)

@@ -108,8 +108,8 @@ class RecipeSettings:
         alone: steps in which cross-attention is trained alone; left out, 1000 where the converter drew it at random,
             0 otherwise.
         joining: steps over which the rest then rises from a learning rate of 0.
-        encoder_bos: whether sources begin with the beginning-of-sequence token; left out, where cross-attention is
-            layerwise.
+        encoder_bos: whether sources begin with the beginning-of-sequence token, saved with the tokenizer; left out, as
+            the tokenizer has it.
         sentinels: ids of the tokens that stand for masked spans; left out, the tokenizer's unused ones.
         mode_tokens: ids of the tokens that name a denoiser's kind, by the names the objective gives them.
     """

@@ -30,7 +30,10 @@ from ..conversion.tokenizers import load_gguf_tokenizer
 from ..errors import UserError
 from ..io import checkpoints
 from ..io.checkpoints import is_gguf, locate
+from ..io.fields import vocabulary_size
+from ..io.text_files import read_json
 from ..objectives import Tokens
+from ..text.rules import with_rows
 from .shards import INDEX, PARTIAL, Shard, ShardWriter, Vocabulary, read_index, write_json
 from .sources import BadRecord, BadRecords, Record, TextSource
 
@@ -63,15 +66,20 @@ class Tokenized:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer of a folder, of a GGUF file (one beside it comes first) or of a Hub repository.
+    """The tokenizer of a folder, of a GGUF file (one beside it comes first) or of a Hub repository. No text becomes a
+    token for which the model beside it has no embedding.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it belongs to another model.
     """
     place = locate(path, weights=False)
     tokenizer = load_gguf_tokenizer(place) if is_gguf(place) else checkpoints.load_tokenizer(place)
     tokenizer.model_max_length = 1 << 62  # a document may be longer than the model's input: it is cut later
-    return tokenizer
+    if not (place / checkpoints.CONFIG).is_file():
+        return tokenizer
+    config = read_json(place / checkpoints.CONFIG)
+    rows = [vocabulary_size(config), (config.get("encoder") or {}).get("vocab_size")]
+    return with_rows(tokenizer, min(filter(None, rows))) if any(rows) else tokenizer
 
 
 def vocabulary_of(tokenizer: Any, name: str) -> Vocabulary:

@@ -14,12 +14,13 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedTokenizerFast,
     T5GemmaForConditionalGeneration,
 )
 
 from modeling_t5gemma.conversion.target import expected_tensors
 from modeling_t5gemma.errors import UserError
-from tests.conversion.tiny import tensors_of
+from tests.conversion.tiny import VOCABULARY, tensors_of
 
 FAMILIES = ("gemma", "gemma2", "gemma3")
 # What a layer's tensors become: the one name that differs between families is the reason for having families.
@@ -127,7 +128,9 @@ def test_the_code_that_travels_along_is_enough(sources, convert, tmp_path):
         "import transformers\n"
         f"model = transformers.AutoModelForSeq2SeqLM.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
         f"tokenizer = transformers.AutoTokenizer.from_pretrained({str(folder)!r})\n"
+        "assert tokenizer.padding_side == 'right'\n"
         "ids = tokenizer('the', return_tensors='pt').input_ids\n"
+        "assert ids[0, 0] == tokenizer.bos_token_id\n"
         "print(type(model).__name__, model(input_ids=ids, decoder_input_ids=ids).logits.shape[-1])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
@@ -177,21 +180,61 @@ def test_expected_tensors_are_the_model_classes_own(family, options, sources, co
 
 
 class TestFilesBeside:
-    def test_tokenizer_files_are_copied_and_name_their_class(self, sources, convert):
-        source, folder = sources("gemma3"), convert(sources("gemma3"))
-        assert (folder / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-        text = "the cat"
-        ids = [AutoTokenizer.from_pretrained(path)(text).input_ids for path in (source, folder)]
-        assert ids[0] == ids[1]
+    @pytest.mark.parametrize(("how", "begins"), [("copy", False), ("layerwise", True)])
+    def test_the_tokenizer_says_what_begins_and_pads_a_text(self, how, begins, sources, convert):
+        """In the files alone: a class that knows nothing of this package reads them so."""
+        source, folder = sources("gemma3"), convert(sources("gemma3"), cross_attention=how)
+        original = AutoTokenizer.from_pretrained(source)
+        for cls in (AutoTokenizer, PreTrainedTokenizerFast):
+            tokenizer = cls.from_pretrained(folder)
+            rows = tokenizer(["the cat", "a"], padding=True)
+            expected = [
+                [2] * begins + ids for ids in original(["the cat", "a"], add_special_tokens=False)["input_ids"]
+            ]
+            padding = len(expected[0]) - len(expected[1])
+            assert rows["input_ids"] == [expected[0], [*expected[1], *[0] * padding]]
+            assert set(rows) == {"input_ids", "attention_mask"}
+            assert tokenizer.get_vocab() == original.get_vocab()
+            assert tokenizer.special_tokens_map == original.special_tokens_map
+        assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "Seq2SeqTokenizer"
 
-    def test_a_tokenizer_that_names_no_class_gets_one(self, sources, convert, copy_of):
-        """Without it AutoTokenizer goes by the model type (hazard 20)."""
-        source = copy_of(sources("gemma3"))
+    @pytest.mark.parametrize("how", ["copy", "layerwise"])
+    def test_a_template_writes_bos_where_sources_begin_with_it(self, how, sources, convert, copy_of):
+        source = copy_of(sources("gemma2"))
+        (source / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
+        tokenizer = AutoTokenizer.from_pretrained(convert(source, cross_attention=how))
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}])["input_ids"]
+        assert ids == tokenizer("the cat")["input_ids"]
+
+    def test_no_text_becomes_a_word_without_an_embedding(self, sources, convert, copy_of):
+        """As Gemma 3's last word, <image_soft_token>. It keeps its id, and whoever spells it writes characters."""
+        source = copy_of(sources("gemma3", vocab_size=len(VOCABULARY)))
+        original = AutoTokenizer.from_pretrained(source)
+        original.add_special_tokens({"extra_special_tokens": ["<image>"]})
+        original.save_pretrained(source)
         config = json.loads((source / "tokenizer_config.json").read_text())
-        del config["tokenizer_class"]
+        config["image_token"], config["added_tokens_decoder"] = "<image>", {len(VOCABULARY): {"content": "<image>"}}
         (source / "tokenizer_config.json").write_text(json.dumps(config))
+        assert len(VOCABULARY) in original("<image>")["input_ids"]
         folder = convert(source)
-        assert json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"] == "GemmaTokenizer"
+        for cls in (AutoTokenizer, PreTrainedTokenizerFast):
+            tokenizer = cls.from_pretrained(folder)
+            ids = tokenizer("the <image>")["input_ids"]
+            assert max(ids) < len(VOCABULARY) and tokenizer.decode(ids) == "the <image>"
+            assert tokenizer.get_vocab() == original.get_vocab()
+
+    def test_a_tokenizer_without_a_config_gets_its_tokens_names(self, sources, convert, copy_of):
+        source = copy_of(sources("gemma3"))
+        (source / "tokenizer_config.json").unlink()
+        tokenizer = AutoTokenizer.from_pretrained(convert(source, cross_attention="layerwise"))
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 1, 0)
+        assert tokenizer("a")["input_ids"][0] == 2
+
+    def test_a_damaged_tokenizer_is_refused(self, sources, convert, copy_of):
+        source = copy_of(sources("gemma3"))
+        (source / "tokenizer.json").write_text('{"added_tokens": [')
+        with pytest.raises(UserError, match=r"tokenizer\.json is no tokenizer that can be read"):
+            convert(source)
 
     def test_generation_starts_with_bos_and_keeps_the_ends(self, sources, convert):
         config = GenerationConfig.from_pretrained(convert(sources("gemma2")))
@@ -201,8 +244,9 @@ class TestFilesBeside:
     def test_a_chat_template_ends_its_turns(self, sources, convert, copy_of):
         source = copy_of(sources("gemma2"))
         (source / "generation_config.json").unlink()
-        (source / "chat_template.jinja").write_text("{{ messages }}<end_of_turn>")
-        assert GenerationConfig.from_pretrained(convert(source)).eos_token_id == [1, 107]
+        (source / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}<end_of_turn>\n")
+        end = VOCABULARY.index("<end_of_turn>")
+        assert GenerationConfig.from_pretrained(convert(source)).eos_token_id == [1, end]
 
     def test_notice_terms_and_card(self, sources, convert, copy_of):
         source = copy_of(sources("gemma2"))

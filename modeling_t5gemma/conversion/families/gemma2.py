@@ -70,7 +70,6 @@ FAMILY = Family(
     },
     left_out=LEFT_OUT,
     tokenizer_class="GemmaTokenizer",
-    end_of_turn_id=107,
     legal=GEMMA_TERMS,
     gguf=GgufLayout(
         architecture="gemma2",

@@ -66,7 +66,6 @@ FAMILY = Family(
         r"(model\.)?multi_modal_projector\..*": "projection of images",
     },
     tokenizer_class="GemmaTokenizer",
-    end_of_turn_id=106,
     legal=GEMMA_TERMS,
     gguf=GgufLayout(
         architecture="gemma3",
