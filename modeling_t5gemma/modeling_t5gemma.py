@@ -78,7 +78,16 @@ class T5GemmaModel(T5GemmaPreTrainedModel):
         """Encode, unless ``encoder_outputs`` (or a tuple that begins with the hidden states) are given, and decode.
 
         Arguments as in the two stacks.
+
+        Raises:
+            ValueError: there is nothing to decode.
         """
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError(
+                "An encoder-decoder needs decoder_input_ids or decoder_inputs_embeds. The encoder alone is "
+                "AutoModelForTextEncoding's, and modeling_t5gemma.embeddings.sentence_transformer(checkpoint) for "
+                "sentence-transformers."
+            )
         flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
