@@ -9,10 +9,18 @@ import pytest
 import torch
 
 import modeling_t5gemma as m
+from tests.selections import pairwise
 from tests.tiny import gemma3, layerwise, padded, tokens
 
 BACKENDS = ["eager", "sdpa", "blocked", "flex_attention"]
 LENGTHS = [25, 18]
+GENERATE = [
+    {},
+    {"cache_implementation": "static"},
+    {"use_cache": False},
+    {"num_beams": 3},
+    {"num_beams": 3, "use_cache": False},
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +53,7 @@ def test_logits_are_the_decoder_only_models(pair, backend, side):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"cache_implementation": "static"},
-        {"use_cache": False},
-        {"num_beams": 3},
-        {"num_beams": 3, "use_cache": False},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("side", "kwargs"), pairwise(["left", "right"], GENERATE, together=1), ids=str)
 def test_generated_text_is_the_decoder_only_models(pair, side, kwargs):
     source, model = pair
     model.set_attn_implementation("auto")
