@@ -18,6 +18,7 @@ from modeling_t5gemma.conversion.options import CROSS_ATTENTION, DTYPES, ENCODER
 from modeling_t5gemma.conversion.plan import Constant, Copied, Drawn, Plan, Write
 from modeling_t5gemma.cross_attention import is_cross_attention
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io.staging import place_of
 from modeling_t5gemma.publishing.settings import Publication, check_repository
 from modeling_t5gemma.publishing.upload import publish_checkpoint
 
@@ -60,6 +61,7 @@ def convert_command(aliases_of: str) -> Callable[..., None]:
         quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     ) -> None:
         """Convert decoder-only checkpoints into an encoder-decoder one."""
+        output = place_of(output)
         if push_to_hub is not None:
             check_repository("--push-to-hub", push_to_hub)
         if quiet:
@@ -117,7 +119,7 @@ def convert_command(aliases_of: str) -> Callable[..., None]:
 def _published(output: Path, repository: str) -> str:
     """The address that a checkpoint has on the Hub now, privately."""
     try:
-        return publish_checkpoint(Publication(output.expanduser(), repository))
+        return publish_checkpoint(Publication(output, repository))
     except UserError as error:
         raise UserError(
             f"{output} is complete, and not on the Hub: {error} Then: t5gemma publish {output} {repository}"

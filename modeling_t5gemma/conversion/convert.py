@@ -41,7 +41,7 @@ def prepare(options: ConversionOptions, *, dry_run: bool = False) -> Prepared:
     Raises:
         UserError: see ``resolve_source``, ``build_target`` and ``build_plan``; or the output exists.
     """
-    check_output(options.output.expanduser(), overwrite=options.overwrite)
+    check_output(options.output, overwrite=options.overwrite)
 
     def resolve(given: str) -> Source:
         return resolve_source(given, options.revision, options.aliases_of, weights=not dry_run)
