@@ -191,6 +191,11 @@ class T5GemmaForConditionalGeneration(T5GemmaPreTrainedModel, GenerationMixin):
         """``generate`` asks for dense masks before a compiled step; the decoder builds what it needs itself."""
         return attention_mask
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. The encoder computes and keeps what the decoder reads, unless its states are asked for
+        or ``source_only=False``."""
+        return super().generate(*args, **{"source_only": True, **kwargs})
+
     @can_return_tuple
     def forward(
         self,
