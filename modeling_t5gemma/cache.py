@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.compiler import is_compiling
@@ -134,7 +134,7 @@ def new_cache(config: PreTrainedConfig) -> EncoderDecoderCache:
     return EncoderDecoderCache(own, _holding(config))
 
 
-def is_filled(cache: EncoderDecoderCache | None) -> bool:
+def is_filled(cache: EncoderDecoderCache | None) -> TypeGuard[EncoderDecoderCache]:
     """Whether the source has been cached."""
     return cache is not None and any(cache.is_updated.values())
 

@@ -257,6 +257,7 @@ class T5GemmaEncoder(Stack):
         read = layers_read(self.config)
         hidden_states, weights = [], []
         key_values: list[KeyValues | None] = [None] * len(self.layers)
+        layer: Any
         for i, layer in enumerate(self.layers):
             kind = self.config.layer_types[i]
             hidden_states.append(x)
@@ -500,12 +501,12 @@ class T5GemmaDecoder(Stack):
         x = self.embed(torch.full((1, 1), self.config.bos_token_id, device=source.hidden.device), None)
         first = torch.zeros((1, 1), dtype=torch.long, device=x.device)
         ropes, alone = self.ropes(x, first), AttentionPattern(first, first)
-        for layer in range(self.sourceless[-1] + 1):
-            rope = ropes[self.config.layer_types[layer]]
-            x, _, keys, values = self.layers[layer].without_source(x, rope, alone)
-            if layer in self.sourceless:
+        layer: Any
+        for i, layer in enumerate(self.layers[: self.sourceless[-1] + 1]):
+            x, _, keys, values = layer.without_source(x, ropes[self.config.layer_types[i]], alone)
+            if i in self.sourceless:
                 documents = -1, -1, source.documents, -1
-                anchors[layer] = keys.expand(documents), values.expand(documents)
+                anchors[i] = keys.expand(documents), values.expand(documents)
         return anchors
 
 
@@ -529,15 +530,15 @@ class _Source:
         return 1 if self.segment_ids is None else int(self.segment_ids.amax())
 
     def anchor_pattern(self, whole: AttentionPattern) -> AttentionPattern:
-        """Like ``whole``, of queries that see each document's first token alone. It counts as the last before the
-        target, so that a window begins with it."""
+        """Like ``whole``, of queries that see each document's first token alone, if it has one. It counts as the last
+        before the target, so that a window begins with it."""
         documents = None
         if self.segment_ids is not None:
             documents = torch.arange(1, self.documents + 1, device=self.hidden.device).expand(
                 len(self.segment_ids), -1
             )
         places = ends_of_source(self.positions, self.valid, self.segment_ids, documents) - 1
-        return replace(whole, key_positions=places, key_valid=None, key_segments=documents)
+        return replace(whole, key_positions=places, key_valid=unless_all_are(places >= 0), key_segments=documents)
 
 
 def _source(
