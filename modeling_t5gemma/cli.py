@@ -21,9 +21,9 @@ from modeling_t5gemma.commands.merge import merge
 from modeling_t5gemma.commands.publish import publish
 from modeling_t5gemma.commands.teacher_cache import teacher_cache
 from modeling_t5gemma.commands.tokenize import tokenize
+from modeling_t5gemma.commands.trim import trim_command
 from modeling_t5gemma.commands.verify import verify
 from modeling_t5gemma.errors import UserError
-from modeling_t5gemma.io.hub import limit_waits
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command("convert")(convert_command(aliases_of="gemma2"))
@@ -33,6 +33,7 @@ app.command()(tokenize)
 app.command()(teacher_cache)
 app.command("average")(average_command)
 app.command()(merge)
+app.command("trim")(trim_command)
 app.command()(generate)
 app.command()(chat)
 app.command()(fill)
@@ -62,7 +63,6 @@ def run_convert_script(aliases_of: str) -> None:
 def run(program: Callable[[], object]) -> None:
     """Run a program; an interruption or termination lets it clean up, and a ``UserError`` is told in one line."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    limit_waits()
     try:
         program()
     except UserError as error:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from modeling_t5gemma.publishing.repository import Repository, prepared
 from modeling_t5gemma.publishing.settings import Publication
-from modeling_t5gemma.publishing.upload import publish_checkpoint
+from modeling_t5gemma.publishing.upload import upload
 
 
 def publish(
@@ -66,11 +66,11 @@ def publish(
     )
     if quiet:
         disable_progress_bars()
-    if dry_run:
-        with prepared(given) as ready:
+    with prepared(given) as ready:
+        if dry_run:
             _show(ready, given)
-        return
-    url = publish_checkpoint(given)
+            return
+        url = upload(ready.folder, repository, public=public)
     if not quiet:
         typer.echo(url)
 

@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from modeling_t5gemma.conversion.convert import hub_code_files
+from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.io.checkpoints import load_config
-from modeling_t5gemma.io.safetensors_files import TensorToWrite, read_headers, write_index, write_safetensors
-from modeling_t5gemma.io.staging import check_apart, check_output, staged
+from modeling_t5gemma.io.safetensors_files import TensorToWrite, copy_rest, read_headers, write_divided_as
 from modeling_t5gemma.io.tensors import StoredTensor, nbytes, row_ranges
 from modeling_t5gemma.io.text_files import read_json
 
-# What only the run that wrote a checkpoint needs, and code: that of this package is written anew.
-_OF_THE_RUN = ("optimizer*", "scheduler*", "rng_state*", "trainer_state.json", "training_args.bin", "complete.json",
-               "*.safetensors", "*.safetensors.index.json", "pytorch_model_fsdp*", "scaler.pt", "*.py")  # fmt: skip
 _OF_NO_MATTER = {"_name_or_path", "transformers_version", "dtype"}
 
 
@@ -60,24 +57,20 @@ def average(
     stored = [read_headers(folder) for folder in checkpoints]
     for folder, tensors in zip(checkpoints, stored, strict=True):
         _compare(folder, tensors, checkpoints[-1], stored[-1])
-    files = _files(checkpoints[-1], stored[-1])
     total = sum(nbytes(tensor.shape, tensor.dtype) for tensor in stored[-1].values())
     with staged(output, overwrite=overwrite, needed=total) as folder:
-        shutil.copytree(checkpoints[-1], folder, ignore=shutil.ignore_patterns(*_OF_THE_RUN), dirs_exist_ok=True)
+        copy_rest(checkpoints[-1], folder)
         code = hub_code_files() if "auto_map" in read_json(folder / "config.json") else []
         for path in (*extra, *code):
             if not (folder / path.name).exists():
                 shutil.copyfile(path, folder / path.name)
-        for file, names in files.items():
-            ordered = sorted(names, key=lambda name: -stored[-1][name].dtype.itemsize)
-            write_safetensors(folder / file, [_mean(name, stored, weights) for name in ordered], on_bytes)
-        if len(files) > 1:
-            write_index(folder, {name: file for file, names in files.items() for name in names}, total)
+        means = {name: _mean(name, stored, weights) for name in stored[-1]}
+        write_divided_as(checkpoints[-1], folder, means, on_bytes)
         record = {"checkpoints": [path.name for path in checkpoints], "weights": list(weights)}
         (folder / "average.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _mean(name: str, stored: Sequence[dict[str, StoredTensor]], weights: Sequence[float]) -> TensorToWrite:
+def _mean(name: str, stored: Sequence[Mapping[str, StoredTensor]], weights: Sequence[float]) -> TensorToWrite:
     tensors = [each[name] for each in stored]
     shape, dtype = tensors[0].shape, tensors[0].dtype
 
@@ -91,18 +84,9 @@ def _mean(name: str, stored: Sequence[dict[str, StoredTensor]], weights: Sequenc
     return TensorToWrite(name, shape, dtype, chunks)
 
 
-def _files(folder: Path, tensors: dict[str, StoredTensor]) -> dict[str, list[str]]:
-    """Which tensors each file of a checkpoint holds."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return {"model.safetensors": list(tensors)}
-    files: dict[str, list[str]] = {}
-    for name, file in read_json(index)["weight_map"].items():
-        files.setdefault(file, []).append(name)
-    return files
-
-
-def _compare(folder: Path, tensors: dict[str, StoredTensor], last: Path, wanted: dict[str, StoredTensor]) -> None:
+def _compare(
+    folder: Path, tensors: Mapping[str, StoredTensor], last: Path, wanted: Mapping[str, StoredTensor]
+) -> None:
     if missing := sorted(tensors.keys() ^ wanted.keys()):
         raise UserError(f"{folder} and {last} differ in their tensors ({missing[0]}): give checkpoints of one model.")
     for name, tensor in tensors.items():

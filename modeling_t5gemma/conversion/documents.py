@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,34 @@ def write_licences(folder: Path, target: Target) -> str | None:
         The name of the file with the terms; None if no source asks for them.
     """
     sources = _distinct_sources(target)
-    terms_file = None
     for source in sources:
         for pattern in _LICENCE_PATTERNS:
-            for path in sorted(source.folder.glob(pattern)):
+            for path in source.folder.glob(pattern):
                 shutil.copyfile(path, folder / path.name)
-                if "TERMS" in path.name.upper():
-                    terms_file = path.name
     legal = _legal(target)
     if legal is None:
         return None
+    given = [path for source in sources for path in sorted(source.folder.glob("NOTICE*"))]
+    names = " and ".join(source.name for source in sources)
+    return write_notice(
+        folder,
+        legal,
+        f"they were converted from {names} into an encoder-decoder",
+        [path.read_text(encoding="utf-8").strip() for path in given],
+    )
+
+
+def write_notice(folder: Path, legal: Legal, change: str, given: Sequence[str] = ()) -> str:
+    """Write ``NOTICE``, and where the terms are if the folder has no copy of them.
+
+    Args:
+        change: how the weights were modified.
+        given: notices that have to be passed on.
+
+    Returns:
+        The name of the file with the terms.
+    """
+    terms_file = max((path.name for path in folder.iterdir() if "TERMS" in path.name.upper()), default=None)
     if terms_file is None:
         terms_file = legal.terms_file
         (folder / terms_file).write_text(
@@ -63,13 +82,7 @@ def write_licences(folder: Path, target: Target) -> str | None:
             "checkpoint on, put a copy of them here: whoever gets it has to get them too.\n",
             encoding="utf-8",
         )
-    given = [path for source in sources for path in sorted(source.folder.glob("NOTICE*"))]
-    names = " and ".join(source.name for source in sources)
-    paragraphs = [
-        legal.notice,
-        f"The weights in this folder were modified: they were converted from {names} into an encoder-decoder.",
-        *dict.fromkeys(path.read_text(encoding="utf-8").strip() for path in given),
-    ]
+    paragraphs = [legal.notice, f"The weights in this folder were modified: {change}.", *dict.fromkeys(given)]
     (folder / "NOTICE").write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
     return terms_file
 

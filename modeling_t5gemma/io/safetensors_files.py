@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,9 @@ from .tensors import (
 from .text_files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
+_WEIGHTS_AND_RUN = ("*.safetensors", "*.safetensors.index.json", "pytorch_model_fsdp*", "optimizer*", "scheduler*",
+                    "rng_state*", "trainer_state.json", "training_args.bin", "complete.json", "scaler.pt",
+                    "checkpoint-*", "tokens", "*.py")  # fmt: skip
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # One call to the kernel, so that the progress bar moves.
 _COPY_BYTES = 64 << 20
@@ -154,6 +158,32 @@ def write_safetensors(path: Path, tensors: Iterable[TensorToWrite], on_bytes: Ca
                 on_bytes(chunk.nbytes)
         assert file.tell() == 8 + len(encoded) + end, "a tensor has other bytes than its shape and dtype say"
         os.fsync(file.fileno())
+
+
+def write_divided_as(
+    checkpoint: Path, folder: Path, tensors: Mapping[str, TensorToWrite], on_bytes: Callable[[int], None]
+) -> None:
+    """Write tensors into the files that a checkpoint has those of the same names in.
+
+    Args:
+        tensors: by name, all that the checkpoint has.
+        on_bytes: as in ``write_safetensors``.
+
+    Raises:
+        OSError: as ``write_safetensors``.
+    """
+    files = {file: sorted(names or tensors) for file, names in _shards(checkpoint).items()}
+    for file, names in files.items():
+        ordered = sorted((tensors[name] for name in names), key=lambda tensor: -tensor.dtype.itemsize)
+        write_safetensors(folder / file, ordered, on_bytes)
+    if len(files) > 1:
+        total = sum(nbytes(tensor.shape, tensor.dtype) for tensor in tensors.values())
+        write_index(folder, {name: file for file, names in files.items() for name in names}, total)
+
+
+def copy_rest(checkpoint: Path, folder: Path) -> None:
+    """Copy what a checkpoint has beside its weights, but no code and nothing that only the run that wrote it needs."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns(*_WEIGHTS_AND_RUN), dirs_exist_ok=True)
 
 
 def write_index(folder: Path, weight_map: Mapping[str, str], total_size: int) -> None:

@@ -11,17 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the HTTP library's, passed on
+
 from ..conversion.documents import RECORD_FILE
-from ..conversion.families import FAMILIES
+from ..conversion.families import FAMILIES, family_of
 from ..conversion.families.gemma import GEMMA_TERMS
 from ..conversion.family import Legal
 from ..errors import UserError
-from ..io import hub
 from ..io.text_files import read_json
 from ..training.claims import RUN_FILE
 from ..training.papers import local_path, run_of
 from ..training.teacher_cache import INDEX as TEACHER_CACHE_INDEX
 from .settings import Publication, is_repository
+
+_SECONDS = 10.0  # to wait for the Hub's answer
 
 
 @dataclass
@@ -91,9 +95,10 @@ def trace(given: Publication) -> Lineage:
 def _is_licensed_as_gemma(repository: str) -> bool:
     """Whether the Hub has it under Gemma's licence, whatever its name; not where it cannot be asked."""
     try:
-        return f"license:{GEMMA_TERMS.license}" in hub.tags(repository)
-    except UserError:
+        tags = HfApi().model_info(repository, timeout=_SECONDS).tags or []
+    except (HTTPError, OSError):
         return False
+    return f"license:{GEMMA_TERMS.license}" in tags
 
 
 def read_notice(path: Path) -> str:
@@ -196,13 +201,10 @@ class _Tracer:
         """Whether a folder holds a decoder-only model of a known family, whose terms are taken."""
         if not (path / "config.json").is_file():
             return False
-        config = read_json(path / "config.json")
-        for family in FAMILIES.values():
-            types = (family.model_type, family.name)
-            if config.get("model_type") in types or set(config.get("architectures") or []) & set(family.architectures):
-                self.found.legal = family.legal or self.found.legal
-                return True
-        return False
+        family = family_of(read_json(path / "config.json"))
+        if family is not None:
+            self.found.legal = family.legal or self.found.legal
+        return family is not None
 
     def _folder(self, path: Path) -> None:
         self._add(self.found.folders, path)

@@ -1,0 +1,1 @@
+"""A smaller vocabulary: the tokens that a task needs, with the rows of the embedding that are theirs."""
