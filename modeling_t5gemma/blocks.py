@@ -98,8 +98,11 @@ class T5GemmaSelfAttention(_Attention):
 
     def project(self, x: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, KeyValues]:
         """Queries (B, N, T, H), and keys and values (B, G, T, H), rotated where they are."""
+        return apply_rope(self.queries(x), rope), self.rotated_key_values(x, rope)
+
+    def rotated_key_values(self, x: torch.Tensor, rope: Rope) -> KeyValues:
         keys, values = self.key_values(x)
-        return apply_rope(self.queries(x), rope), (apply_rope(keys, rope), values)
+        return apply_rope(keys, rope), values
 
     def forward(
         self,
@@ -163,6 +166,10 @@ class T5GemmaEncoderLayer(GradientCheckpointingLayer):
         x = x + self.dropout(self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
         return x, weights, keys, values
 
+    def key_values(self, x: torch.Tensor, rope: Rope) -> KeyValues:
+        """The layer's keys and values alone."""
+        return self.self_attn.rotated_key_values(self.pre_self_attn_layernorm(x), rope)
+
 
 class T5GemmaDecoderLayer(GradientCheckpointingLayer):
     """Self-attention, separate cross-attention, FFN."""
@@ -204,19 +211,22 @@ class T5GemmaDecoderLayer(GradientCheckpointingLayer):
 
 class LayerwiseDecoderLayer(T5GemmaEncoderLayer):
     """A decoder layer without cross-attention weights: in one softmax it attends to a paired encoder layer's keys and
-    values and to its own."""
+    values and to its own. Those of the source are not needed once they are cached."""
+
+    without_source = T5GemmaEncoderLayer.forward
 
     def forward(  # type: ignore[override]
         self,
         x: torch.Tensor,
         rope: Rope,
         pattern: AttentionPattern,
-        source_keys: torch.Tensor,
-        source_values: torch.Tensor,
+        source_keys: torch.Tensor | None,
+        source_values: torch.Tensor | None,
         past_key_values: EncoderDecoderCache | None = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         def compute() -> KeyValues:
+            assert source_keys is not None and source_values is not None, "nothing is cached yet"
             return repeat_rows(source_keys, x.shape[0]), repeat_rows(source_values, x.shape[0])
 
         source = cross_key_values(past_key_values, self.self_attn.layer_idx, x.device, compute)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.compiler import is_compiling
@@ -131,17 +131,22 @@ class GrowingSlidingLayer(GrowingLayer, DynamicSlidingWindowLayer):
 def new_cache(config: PreTrainedConfig) -> EncoderDecoderCache:
     """An empty growing cache for a decoder with this stack config."""
     own = _growing(DynamicCache(config=config))
-    return EncoderDecoderCache(own, DynamicCache(config=_all_full(config)))
+    return EncoderDecoderCache(own, _holding(config))
 
 
-def fitted(cache: EncoderDecoderCache, config: PreTrainedConfig, source_length: int) -> EncoderDecoderCache:
-    """The same cache before its first use, so that self-attention grows in place and cross-attention keeps every
-    position.
+def is_filled(cache: EncoderDecoderCache | None) -> TypeGuard[EncoderDecoderCache]:
+    """Whether the source has been cached."""
+    return cache is not None and any(cache.is_updated.values())
+
+
+def fitted(cache: EncoderDecoderCache, config: PreTrainedConfig, lengths: list[int]) -> EncoderDecoderCache:
+    """The same cache before its first use, so that self-attention grows in place and cross-attention keeps what it is
+    given as it is.
 
     Args:
         cache: what ``generate`` or a caller made.
         config: the decoder's stack config.
-        source_length: the encoder's length S, which sizes a static cache.
+        lengths: how many source tokens each layer reads, which size a static cache.
 
     Raises:
         TypeError: ``cache`` is not an ``EncoderDecoderCache``.
@@ -151,19 +156,36 @@ def fitted(cache: EncoderDecoderCache, config: PreTrainedConfig, source_length: 
             f"past_key_values is a {type(cache).__name__}; an encoder-decoder needs an EncoderDecoderCache, such as "
             "EncoderDecoderCache(DynamicCache(config=model.config.decoder), DynamicCache())."
         )
-    if any(cache.is_updated.values()):
+    if is_filled(cache):
         return cache
     cache.self_attention_cache = _growing(cache.self_attention_cache)
     cross = cache.cross_attention_cache
-    if _keeps_all(cross, config):
-        return cache
     if isinstance(cross, StaticCache):
-        cache.cross_attention_cache = StaticCache(
-            config=_all_full(config), max_cache_len=source_length, offloading=cross.offloading
-        )
+        if _keeps_all(cross, config) and [layer.max_cache_len for layer in cross.layers] == lengths:
+            return cache
+        cross = StaticCache(config=_all_full(config), max_cache_len=max(lengths), offloading=cross.offloading)
+        for layer, length in zip(cross.layers, lengths, strict=True):
+            layer.max_cache_len = length
+        cache.cross_attention_cache = cross
     else:
-        cache.cross_attention_cache = DynamicCache(config=_all_full(config), offloading=cross.offloading)
+        cache.cross_attention_cache = _holding(config, cross.offloading)
     return cache
+
+
+class SourceLayer(DynamicLayer):
+    """A layer whose keys and values come at once: they are held, where a ``DynamicLayer`` copies them."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> KeyValues:
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+def _holding(config: PreTrainedConfig, offloading: bool = False) -> DynamicCache:
+    cross = DynamicCache(config=_all_full(config), offloading=offloading)
+    if not offloading:
+        cross.layers = [SourceLayer() for _ in cross.layers]
+    return cross
 
 
 def cross_key_values(

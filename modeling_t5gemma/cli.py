@@ -24,6 +24,7 @@ from modeling_t5gemma.commands.tokenize import tokenize
 from modeling_t5gemma.commands.trim import trim_command
 from modeling_t5gemma.commands.verify import verify
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io.hub import limit_waits
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command("convert")(convert_command(aliases_of="gemma2"))
@@ -63,6 +64,7 @@ def run_convert_script(aliases_of: str) -> None:
 def run(program: Callable[[], object]) -> None:
     """Run a program; an interruption or termination lets it clean up, and a ``UserError`` is told in one line."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    limit_waits()
     try:
         program()
     except UserError as error:

@@ -261,7 +261,7 @@ class AdaptedSeq2SeqModuleConfig(_Stack, PreTrainedConfig):
     is_decoder: bool = False
     cross_attention_hidden_size: int | None = None
     cross_attention_type: str = "separate"
-    cross_attention_map: list[int] | None = None
+    cross_attention_map: list[int | None] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None:
@@ -280,7 +280,9 @@ class AdaptedSeq2SeqConfig(_Pair, PreTrainedConfig):
             paper's). "layerwise": decoder layer l has no cross-attention weights; in one softmax it attends to the
             keys and values that encoder layer m(l) computed for its own self-attention and then to its own. With a
             causal encoder and the same tokens that is the decoder-only model itself.
-        cross_attention_map: m as a list with an encoder layer for each decoder layer; the identity by default.
+        cross_attention_map: m as a list with an encoder layer for each decoder layer; the identity by default. A
+            decoder layer with None reads nothing of the source but its first token, ``<bos>``, which it computes
+            itself: an encoder can end below its decoder (SPEED, arXiv 2605.06105).
         share_embeddings: encoder, decoder and head use one embedding matrix.
         classifier_pooling: what a label of a sequence is read off: "last", its last token ("Encoder-Decoder Gemma",
             arXiv 2504.06225), or "mean", the mean over its tokens.
@@ -312,7 +314,7 @@ class AdaptedSeq2SeqConfig(_Pair, PreTrainedConfig):
     decoder: StackConfig = None
     is_encoder_decoder: bool = True
     cross_attention_type: str = "separate"
-    cross_attention_map: list[int] | None = None
+    cross_attention_map: list[int | None] | None = None
     share_embeddings: bool = False
     classifier_pooling: str = "last"
     dropout_rate: int | float = 0.0
@@ -487,7 +489,7 @@ def _check_shared_key_values(kind: str, encoder: Any, decoder: Any, layer_map: A
                 f"{kind} cross-attention shares keys and values, so {name} has to be equal: the encoder has "
                 f"{getattr(encoder, name)}, the decoder {getattr(decoder, name)}. Use 'separate' for such a pair."
             )
-    for layer, paired in enumerate(layer_map):
+    for layer, paired in ((layer, m) for layer, m in enumerate(layer_map) if m is not None):
         kinds = encoder.layer_types[paired], decoder.layer_types[layer]
         if kinds[0] != kinds[1] or rope_parameters_of(encoder, kinds[0]) != rope_parameters_of(decoder, kinds[1]):
             raise ValueError(

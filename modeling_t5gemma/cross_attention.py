@@ -43,8 +43,9 @@ class CrossAttention:
         """Whether decoder layer l reads encoder layer m(l), by ``cross_attention_map``."""
         return self.reads != OUTPUT
 
-    def layer_map(self, encoder: Any, decoder: Any, given: Sequence[int] | None) -> list[int] | None:
-        """The encoder layer for each decoder layer, checked; None where layers are not paired.
+    def layer_map(self, encoder: Any, decoder: Any, given: Sequence[int | None] | None) -> list[int | None] | None:
+        """The encoder layer for each decoder layer, None for one that reads no source, checked; None where layers are
+        not paired.
 
         Args:
             encoder, decoder: the stacks' configs.
@@ -68,10 +69,11 @@ class CrossAttention:
                 )
             given = range(layers[0])
         layer_map = list(given)
-        if len(layer_map) != layers[1] or not all(0 <= m < layers[0] for m in layer_map):
+        read = [m for m in layer_map if m is not None]
+        if len(layer_map) != layers[1] or not read or not all(0 <= m < layers[0] for m in read):
             raise ValueError(
                 f"cross_attention_map is {layer_map}; it needs {layers[1]} encoder layers, each from 0 to "
-                f"{layers[0] - 1}."
+                f"{layers[0] - 1}, or None where a decoder layer reads no source, but not everywhere."
             )
         return layer_map
 
@@ -111,6 +113,11 @@ def kind_of(config: Any) -> CrossAttention:
     if config.cross_attention_type not in KINDS:
         raise ValueError(f"cross_attention_type is {config.cross_attention_type!r}; it can be one of {tuple(KINDS)}.")
     return KINDS[config.cross_attention_type]
+
+
+def layers_read(config: Any) -> list[int]:
+    """The encoder's layers that a decoder layer reads, ascending; none where it reads the final output."""
+    return sorted({m for m in config.cross_attention_map or () if m is not None})
 
 
 def is_cross_attention(name: str) -> bool:

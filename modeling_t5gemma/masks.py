@@ -9,10 +9,11 @@ Shapes: B batch, T queries, S keys. A leading dimension of 1 stands for "the sam
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
+from torch.compiler import is_compiling
 
 Derived = TypeVar("Derived")
 
@@ -55,7 +56,7 @@ class AttentionPattern:
     query_segments: torch.Tensor | None = None
     key_segments: torch.Tensor | None = None
     query_valid: torch.Tensor | None = None
-    _derived: dict[str, Any] = field(default_factory=dict, repr=False)
+    _derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def visible(self) -> torch.Tensor | None:
         """The dense mask, bool (B or 1, 1, T, S), True where a key is seen; None when every query sees every key."""
@@ -64,6 +65,15 @@ class AttentionPattern:
     def hidden(self) -> torch.Tensor | None:
         """The opposite of ``visible``, True where a key is not seen."""
         return None if self.sees_everything else self.derive("hidden", lambda: ~self._build_visible())
+
+    def of_last_keys(self, length: int) -> AttentionPattern:
+        """The same for the last so many of the keys."""
+        keys = self.key_positions.shape[1]
+        if length == keys:
+            return self
+        names = "key_positions", "key_valid", "key_segments"
+        given = {name: each for name in names if (each := getattr(self, name)) is not None}
+        return replace(self, **{name: each[:, keys - length :] for name, each in given.items()})
 
     def derive(self, name: str, build: Callable[[], Derived]) -> Derived:
         """What a backend makes of this pattern, built by the first layer that needs it."""
@@ -116,6 +126,23 @@ def _valid_or_all(pattern: AttentionPattern, rows: int) -> torch.Tensor:
         return pattern.key_valid.expand(rows, -1)
     keys = pattern.key_positions
     return torch.ones((rows, keys.shape[1]), dtype=torch.bool, device=keys.device)
+
+
+def first_read(positions: torch.Tensor, valid: torch.Tensor | None, window: int) -> int:
+    """The first of S source slots that a sliding layer of a decoder reads which goes on after the source: its first
+    token decides, of the row that reads from furthest back. 0 in a traced graph, which has no values to look at.
+
+    Args:
+        positions: int64 (B or 1, S), the source's positions.
+        valid: bool (B, S), or None when nothing is padding.
+        window: the layer's.
+    """
+    if is_compiling():
+        return 0
+    read = positions >= ends_of_source(positions, valid, None, None) - reach(window)
+    if valid is not None:
+        read = read & valid
+    return int(read.any(dim=0).long().argmax())
 
 
 def positions_in_segments(segment_ids: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Shapes: B batch, T target length, S source length, D width, V vocabulary, G key/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention import AUTO, BACKENDS, Needs, resolve_backend
 from .blocks import DECODER_LAYERS, T5GemmaEncoderLayer, repeat_rows
-from .cache import KeyValues, fitted, new_cache, seen_tokens
+from .cache import KeyValues, fitted, is_filled, new_cache, seen_tokens
 from .configuration_t5gemma import SLIDING, StackConfig, T5GemmaConfig, T5GemmaModuleConfig, is_bidirectional
-from .cross_attention import KEY_VALUES, OUTPUT, kind_of
+from .cross_attention import KEY_VALUES, OUTPUT, kind_of, layers_read
 from .labels import complaints, shifted_right
 from .layers import ClassificationHead, RMSNorm, Rope, RotaryEmbedding, dropout
-from .masks import AttentionPattern, ends_of_source, join, positions_in_segments
+from .masks import AttentionPattern, ends_of_source, first_read, join, positions_in_segments
 
 logger = logging.get_logger(__name__)
 
@@ -37,12 +37,13 @@ class T5GemmaEncoderOutput(BaseModelOutput):
         last_hidden_state: (B, S, D), after the final norm.
         attention_mask: bool (B, S), as given or inferred from the padding; one inference serves both stacks.
         position_ids: int64 (B or 1, S).
-        key_values: for a layerwise decoder, each layer's keys and values, (B, G, S, H) each.
+        key_values: for a decoder that reads them, each layer's keys and values, (B, G, S, H) each. With
+            ``source_only`` None where a layer is not read, and of sliding layers the last tokens that are.
     """
 
     attention_mask: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
-    key_values: tuple[KeyValues, ...] | None = None
+    key_values: tuple[KeyValues | None, ...] | None = None
 
 
 class T5GemmaPreTrainedModel(PreTrainedModel):
@@ -185,6 +186,11 @@ class Stack(T5GemmaPreTrainedModel):
     def window(self, layer_type: str) -> int | None:
         return self.config.sliding_window if layer_type == SLIDING else None
 
+    def first_read(self, layer_type: str, positions: torch.Tensor, valid: torch.Tensor | None) -> int:
+        """The first source slot that a layer reads where positions go on after the source."""
+        window = self.window(layer_type)
+        return 0 if window is None else first_read(positions, valid, window)
+
     def need_weights(self, output_attentions: bool | None) -> bool:
         wanted = output_attentions if output_attentions is not None else self.config.output_attentions
         return bool(wanted)
@@ -212,6 +218,7 @@ class T5GemmaEncoder(Stack):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         past_key_values: Any = None,
+        source_only: bool = False,
         **kwargs: Any,
     ) -> T5GemmaEncoderOutput:
         """Encode a batch.
@@ -221,6 +228,9 @@ class T5GemmaEncoder(Stack):
             attention_mask: (B, S), 1 where a token is real; inferred from the padding token when left out.
             position_ids: int64 (B or 1, S), counted when left out.
             segment_ids: int64 (B, S) for packed rows: documents count from 1, 0 is padding.
+            source_only: leave out what the decoder does not read. Where it reads keys and values, nothing is computed
+                after those of the last layer that is read (``last_hidden_state`` is then (B, S, 0)), unless
+                hidden states or attentions are asked for, and sliding layers keep only the tokens that are read.
 
         Raises:
             ValueError: a cache is given, or a mask that is not two-dimensional.
@@ -241,25 +251,50 @@ class T5GemmaEncoder(Stack):
             for bidirectional in (True, False)
         }
         ropes = self.ropes(x, positions)
-        need_weights = self.need_weights(output_attentions)
-        hidden_states, weights, key_values = [], [], []
+        need_weights, need_hidden = self.need_weights(output_attentions), self.need_hidden(output_hidden_states)
+        source_only = source_only and self.kind.reads == KEY_VALUES
+        ends_early = source_only and not (need_weights or need_hidden)
+        read = layers_read(self.config)
+        hidden_states, weights = [], []
+        key_values: list[KeyValues | None] = [None] * len(self.layers)
+        layer: Any
         for i, layer in enumerate(self.layers):
             kind = self.config.layer_types[i]
             hidden_states.append(x)
+            if ends_early and i == read[-1]:
+                key_values[i] = layer.key_values(x, ropes[kind])
+                x = x[..., :0]
+                break
             x, layer_weights, *own = layer(
                 x, ropes[kind], patterns[kind, is_bidirectional(self.config, i)], need_weights
             )
             weights.append(layer_weights)
-            key_values.append(tuple(own))
-        x = self.dropout(self.norm(x))
+            if i in read or not source_only:
+                key_values[i] = tuple(own)
+        else:
+            x = self.dropout(self.norm(x))
+        if source_only and segment_ids is None:
+            key_values = self._read_alone(key_values, positions, valid)
         return T5GemmaEncoderOutput(
             last_hidden_state=x,
-            hidden_states=(*hidden_states, x) if self.need_hidden(output_hidden_states) else None,
+            hidden_states=(*hidden_states, x) if need_hidden else None,
             attentions=tuple(weights) if need_weights else None,
             attention_mask=valid,
             position_ids=positions if self.kind.continues else None,
             key_values=tuple(key_values) if self.kind.reads == KEY_VALUES else None,
         )
+
+    def _read_alone(
+        self, key_values: list[KeyValues | None], positions: torch.Tensor, valid: torch.Tensor | None
+    ) -> list[KeyValues | None]:
+        """Of sliding layers the tokens that are read, in memory of their own."""
+        kinds = self.config.layer_types
+        starts = {kind: self.first_read(kind, positions, valid) for kind in set(kinds)}
+        begins = [starts[kind] for kind in kinds]
+        return [
+            pair if pair is None or begin == 0 else (pair[0][:, :, begin:].clone(), pair[1][:, :, begin:].clone())
+            for pair, begin in zip(key_values, begins, strict=True)
+        ]
 
 
 class T5GemmaDecoder(Stack):
@@ -269,6 +304,7 @@ class T5GemmaDecoder(Stack):
         make_layer = DECODER_LAYERS[config.cross_attention_type]
         super().__init__(config, [make_layer(config, i) for i in range(config.num_hidden_layers)])
         self.kind = kind_of(config)
+        self.sourceless = [layer for layer, m in enumerate(config.cross_attention_map or ()) if m is None]
 
     @can_return_tuple
     def forward(
@@ -307,8 +343,9 @@ class T5GemmaDecoder(Stack):
         source = _source(encoder_outputs, encoder_attention_mask, encoder_segment_ids, x.shape[0])
         if (segment_ids is None) != (source.segment_ids is None):
             raise ValueError("Packed rows need segment_ids and decoder_segment_ids; only one was given.")
+        lengths, cached = self._source_lengths(source, past_key_values), is_filled(past_key_values)
         if past_key_values is not None:
-            past_key_values = fitted(past_key_values, self.config, source.length)
+            past_key_values = fitted(past_key_values, self.config, lengths)
         elif use_cache:
             past_key_values = new_cache(self.config)
         if segment_ids is not None and past_key_values is not None:
@@ -323,7 +360,7 @@ class T5GemmaDecoder(Stack):
         cross = AttentionPattern(
             positions, source.positions, False, None, source.valid, segment_ids, source.segment_ids
         )
-        arguments = self._layer_arguments(own, cross, source)
+        arguments = self._layer_arguments(own, cross, source, lengths, cached)
 
         ropes = self.ropes(x, positions)
         need_weights = self.need_weights(output_attentions)
@@ -403,21 +440,74 @@ class T5GemmaDecoder(Stack):
             )
         return patterns
 
+    def _source_lengths(self, source: _Source, cache: EncoderDecoderCache | None) -> list[int]:
+        """How many of the source's keys each layer reads: of a sliding layer those that its first target token sees,
+        of one without a source its anchors. What is cached has been decided."""
+        if is_filled(cache):
+            return [layer.keys.shape[2] for layer in cache.cross_attention_cache.layers]
+        lengths = dict.fromkeys(self.config.layer_types, source.length)
+        if self.kind.continues and source.segment_ids is None:
+            for kind in lengths:
+                lengths[kind] -= self.first_read(kind, source.positions, source.valid)
+        return [
+            source.documents if layer in self.sourceless else lengths[kind]
+            for layer, kind in enumerate(self.config.layer_types)
+        ]
+
     def _layer_arguments(
-        self, own: dict[str, AttentionPattern], cross: AttentionPattern, source: _Source
+        self,
+        own: dict[str, AttentionPattern],
+        cross: AttentionPattern,
+        source: _Source,
+        lengths: list[int],
+        cached: bool,
     ) -> list[tuple[Any, ...]]:
-        """What each layer takes beside its input: its kind, its patterns and its source."""
+        """What each layer takes beside its input: its kind, its patterns and its source, None where it is cached."""
         kinds = self.config.layer_types
         if self.kind.reads == OUTPUT:
             return [(kind, own[kind], cross, source.hidden) for kind in kinds]
+        joined: dict[tuple[str, bool], AttentionPattern] = {}
+        patterns = []
+        for layer, (kind, length) in enumerate(zip(kinds, lengths, strict=True)):
+            key = kind, layer in self.sourceless
+            if key not in joined:
+                read = source.anchor_pattern(cross) if layer in self.sourceless else cross.of_last_keys(length)
+                joined[key] = join(read, own[kind])
+            patterns.append(joined[key])
+        key_values = [(None, None)] * len(kinds) if cached else self._source_key_values(source, lengths)
+        return [(kind, pattern, *pair) for kind, pattern, pair in zip(kinds, patterns, key_values, strict=True)]
+
+    def _source_key_values(self, source: _Source, lengths: list[int]) -> list[KeyValues]:
+        """The source's keys and values for each layer, (B or encoder rows, G, length, H) each."""
         if source.key_values is None:
             raise ValueError(
-                "A layerwise decoder attends to its encoder's keys and values, which these encoder_outputs do not "
-                "have: pass what this model's own encoder returned."
+                "This decoder attends to its encoder's keys and values, which these encoder_outputs do not have: pass "
+                "what this model's own encoder returned."
             )
-        joined = {kind: join(cross, pattern) for kind, pattern in own.items()}
-        pairs = zip(kinds, self.config.cross_attention_map, strict=True)
-        return [(kind, joined[kind], *source.key_values[m]) for kind, m in pairs]
+        anchors = self._anchors(source)
+        made = []
+        for layer, (paired, length) in enumerate(zip(self.config.cross_attention_map, lengths, strict=True)):
+            keys, values = anchors[layer] if paired is None else source.key_values[paired]
+            first = keys.shape[2] - length
+            made.append((keys[:, :, first:], values[:, :, first:]))
+        return made
+
+    def _anchors(self, source: _Source) -> dict[int, KeyValues]:
+        """Keys and values of ``<bos>`` in the layers without a source, (1, G, documents, H) each: the first token of
+        every source sees itself alone, so they are always the same."""
+        anchors: dict[int, KeyValues] = {}
+        if not self.sourceless:
+            return anchors
+        x = self.embed(torch.full((1, 1), self.config.bos_token_id, device=source.hidden.device), None)
+        first = torch.zeros((1, 1), dtype=torch.long, device=x.device)
+        ropes, alone = self.ropes(x, first), AttentionPattern(first, first)
+        layer: Any
+        for i, layer in enumerate(self.layers[: self.sourceless[-1] + 1]):
+            x, _, keys, values = layer.without_source(x, ropes[self.config.layer_types[i]], alone)
+            if i in self.sourceless:
+                documents = -1, -1, source.documents, -1
+                anchors[i] = keys.expand(documents), values.expand(documents)
+        return anchors
 
 
 @dataclass
@@ -428,11 +518,27 @@ class _Source:
     valid: torch.Tensor | None
     positions: torch.Tensor
     segment_ids: torch.Tensor | None
-    key_values: tuple[KeyValues, ...] | None
+    key_values: tuple[KeyValues | None, ...] | None
 
     @property
     def length(self) -> int:
         return self.hidden.shape[1]
+
+    @property
+    def documents(self) -> int:
+        """The most documents that a row has, which are its anchors."""
+        return 1 if self.segment_ids is None else int(self.segment_ids.amax())
+
+    def anchor_pattern(self, whole: AttentionPattern) -> AttentionPattern:
+        """Like ``whole``, of queries that see each document's first token alone, if it has one. It counts as the last
+        before the target, so that a window begins with it."""
+        documents = None
+        if self.segment_ids is not None:
+            documents = torch.arange(1, self.documents + 1, device=self.hidden.device).expand(
+                len(self.segment_ids), -1
+            )
+        places = ends_of_source(self.positions, self.valid, self.segment_ids, documents) - 1
+        return replace(whole, key_positions=places, key_valid=unless_all_are(places >= 0), key_segments=documents)
 
 
 def _source(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -14,23 +14,24 @@ def slow(*values: Any) -> list[Any]:
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
-def pairwise(*axes: Sequence[Any]) -> list[Any]:
-    """All combinations of a value of each axis, as parameters of a test.
+def pairwise(
+    *axes: Collection[Any], together: int = 2, allowed: Callable[..., bool] = lambda *values: True
+) -> list[Any]:
+    """All allowed combinations of a value of each axis, as parameters of a test.
 
-    As many run every time as it takes for each value to meet each value of every other axis.
+    As many run every time as it takes for each value to meet each value of every other axis; with ``together`` 1, for
+    each value to occur.
     """
 
-    def pairs(places: tuple[int, ...]) -> set[Any]:
-        return set(itertools.combinations(enumerate(places), 2))
+    def groups(places: tuple[int, ...]) -> set[Any]:
+        return set(itertools.combinations(enumerate(places), together))
 
-    combinations = list(itertools.product(*(range(len(axis)) for axis in axes)))
-    missing, quick = set().union(*map(pairs, combinations)), set()
+    values = dict(zip(itertools.product(*(range(len(axis)) for axis in axes)), itertools.product(*axes)))
+    values = {places: each for places, each in values.items() if allowed(*each)}
+    missing, quick = set().union(*map(groups, values)), set()
     while missing:
-        best = max(combinations, key=lambda places: len(pairs(places) & missing))
+        best = max(values, key=lambda places: len(groups(places) & missing))
         quick.add(best)
-        missing -= pairs(best)
+        missing -= groups(best)
     marks = {True: (), False: pytest.mark.slow}
-    return [
-        pytest.param(*(axis[place] for axis, place in zip(axes, places)), marks=marks[places in quick])
-        for places in combinations
-    ]
+    return [pytest.param(*each, marks=marks[places in quick]) for places, each in values.items()]

@@ -11,6 +11,7 @@ import modeling_t5gemma as m
 from modeling_t5gemma.attention import BACKENDS, Needs, attention, capability_table, resolve_backend
 from modeling_t5gemma.flash_attention import flash_attention
 from modeling_t5gemma.masks import AttentionPattern, ends_of_source, join, positions_in_segments
+from tests.selections import pairwise
 from tests.tiny import t5gemma, tokens
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 8
@@ -104,15 +105,18 @@ def test_eager_is_the_rule(kind, softcap):
 
 
 @pytest.mark.parametrize(
-    ("backend", "softcap", "dtype"),
-    [
-        (backend, softcap, dtype)
-        for backend, softcap, dtype in product(RUN_HERE, (None, 0.7), (torch.float32, torch.bfloat16))
+    ("kind", "backend", "softcap", "dtype"),
+    pairwise(
+        patterns(),
+        RUN_HERE,
+        (None, 0.7),
+        (torch.float32, torch.bfloat16),
         # The sdpa backend has no softcap; flex_attention's reference takes a second a call.
-        if not (backend == "sdpa" and softcap) and not (backend == "flex_attention" and dtype == torch.bfloat16)
-    ],
+        allowed=lambda _, backend, softcap, dtype: (
+            not ((backend == "sdpa" and softcap) or (backend == "flex_attention" and dtype == torch.bfloat16))
+        ),
+    ),
 )
-@pytest.mark.parametrize("kind", patterns())
 def test_backends_agree_with_eager(backend, kind, softcap, dtype):
     pattern = patterns()[kind]
     trains = BACKENDS[backend].refusal(Needs(training=True)) is None

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modeling_t5gemma import blocked_attention as kernel
 from modeling_t5gemma.blocked_attention import blocked_attention
 from modeling_t5gemma.masks import AttentionPattern, join
+from tests.selections import pairwise
 
 SCALE = 0.3
 # So small that short sequences have every kind of tile.
@@ -172,9 +173,11 @@ def test_equals_dense(name, softcap, heads):
         torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("softcap", [None, 50.0])
-@pytest.mark.parametrize("length", [255, 256, 257, 513, 640])
-@pytest.mark.parametrize("rule", [{}, {"causal": True}, {"window": 70}], ids=str)
+@pytest.mark.parametrize(
+    ("length", "rule", "softcap"),
+    pairwise([255, 256, 257, 513, 640], [{}, {"causal": True}, {"window": 70}], [None, 50.0]),
+    ids=str,
+)
 def test_sizes_around_those_of_the_blocks(length, rule, softcap):
     pattern = AttentionPattern(*line(length, length), **rule)
     got, expected = both(*tensors(1, 16, 8, length, length, 16, torch.float32), pattern, softcap)

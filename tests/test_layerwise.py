@@ -9,10 +9,20 @@ import pytest
 import torch
 
 import modeling_t5gemma as m
+from modeling_t5gemma.blocks import T5GemmaEncoderLayer
+from modeling_t5gemma.masks import AttentionPattern
+from tests.selections import pairwise
 from tests.tiny import gemma3, layerwise, padded, tokens
 
 BACKENDS = ["eager", "sdpa", "blocked", "flex_attention"]
 LENGTHS = [25, 18]
+GENERATE = [
+    {},
+    {"cache_implementation": "static"},
+    {"use_cache": False},
+    {"num_beams": 3},
+    {"num_beams": 3, "use_cache": False},
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +55,7 @@ def test_logits_are_the_decoder_only_models(pair, backend, side):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"cache_implementation": "static"},
-        {"use_cache": False},
-        {"num_beams": 3},
-        {"num_beams": 3, "use_cache": False},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("side", "kwargs"), pairwise(["left", "right"], GENERATE, together=1), ids=str)
 def test_generated_text_is_the_decoder_only_models(pair, side, kwargs):
     source, model = pair
     model.set_attn_implementation("auto")
@@ -184,8 +183,6 @@ def test_a_smaller_decoder_follows_the_map():
     # By hand: the decoder's two layers against key_values 1 and 3.
     x = small.model.decoder.embed(decoder, None)
     positions = torch.arange(4)[None] + 9
-    from modeling_t5gemma.masks import AttentionPattern
-
     pattern = AttentionPattern(positions, torch.arange(13)[None], causal=True)
     rope = small.model.decoder.ropes(x, positions)["full_attention"]
     for layer, paired in zip(small.model.decoder.layers, (1, 3), strict=True):
@@ -225,3 +222,86 @@ def test_encoder_outputs_of_another_model_are_refused(pair):
         model(input_ids=tokens(1, 5), segment_ids=torch.ones(1, 5, dtype=torch.long), decoder_input_ids=tokens(1, 3))
     with pytest.raises(ValueError, match="past_key_values to the decoder alone"):
         model.get_encoder()(input_ids=tokens(1, 5), past_key_values=object())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sliding_layers_keep_what_their_first_target_token_reads(pair, side, kwargs):
+    """A window of 6 reads 5 source tokens: more are kept only where a row of the batch is shorter, padding between."""
+    _, model = pair
+    lengths = [20, 17]
+    ids, mask = padded(tokens(2, 20), lengths, side, 20)
+    out = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=9, return_dict_in_generate=True, do_sample=False, **kwargs
+    )
+    kept = 5 if side == "left" else 5 + 20 - 17
+    held = [layer.keys.shape[2] for layer in out.past_key_values.cross_attention_cache.layers]
+    assert held == [kept if kind == "sliding_attention" else 20 for kind in model.config.decoder.layer_types]
+    for row, length in enumerate(lengths):
+        alone = model.generate(input_ids=tokens(2, 20)[row : row + 1, :length], max_new_tokens=9, **kwargs)
+        assert alone[0].tolist() == out.sequences[row][: alone.shape[1]].tolist()
+
+
+@torch.no_grad()
+def test_the_encoder_ends_where_nothing_more_is_read(pair):
+    source, _ = pair
+    model = layerwise(source, cross_attention_map=[0, 1, 2, None], bidirectional_layers="all")
+    encoder, ids = model.get_encoder(), tokens(2, 20)
+    whole, read = encoder(input_ids=ids), encoder(input_ids=ids, source_only=True)
+    assert read.last_hidden_state.shape == (2, 20, 0) and read.key_values[3] is None
+    for kind, ours, all_of_it in zip(model.config.encoder.layer_types, read.key_values[:3], whole.key_values):
+        for one, other in zip(ours, all_of_it, strict=True):
+            assert one.shape[2] == (5 if kind == "sliding_attention" else 20)
+            torch.testing.assert_close(one, other[:, :, -one.shape[2] :], atol=0, rtol=0)
+    decoder = tokens(2, 4, seed=1)
+    expected = model(encoder_outputs=whole, decoder_input_ids=decoder).logits
+    got = model(encoder_outputs=read, decoder_input_ids=decoder).logits
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    asked = encoder(input_ids=ids, source_only=True, output_hidden_states=True)
+    torch.testing.assert_close(asked.last_hidden_state, whole.last_hidden_state, atol=0, rtol=0)
+    assert len(asked.hidden_states) == 5
+    generated = model.generate(
+        input_ids=ids, max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True
+    )
+    assert generated.encoder_hidden_states[-1].shape == (2, 20, 32)
+
+
+@torch.no_grad()
+def test_a_layer_without_a_source_reads_its_first_token(pair):
+    """By hand: <bos> goes through the decoder alone, at position 0; its keys stand before the layer's own."""
+    source, _ = pair
+    model = layerwise(source, cross_attention_map=[0, None, 2, None])
+    ids, targets = tokens(1, 9), tokens(1, 4, seed=1)
+    ids[0, 0] = bos = model.config.decoder.bos_token_id
+    got = model(input_ids=ids, decoder_input_ids=targets, use_cache=False).logits
+    encoded, decoder = model.get_encoder()(input_ids=ids), model.model.decoder
+    anchor, x = decoder.embed(torch.tensor([[bos]]), None), decoder.embed(targets, None)
+    first, positions = torch.zeros(1, 1, dtype=torch.long), torch.arange(4)[None] + 9
+    for layer, kind, paired in zip(
+        decoder.layers, model.config.decoder.layer_types, model.config.cross_attention_map, strict=True
+    ):
+        window = 6 if kind == "sliding_attention" else None
+        keys = torch.arange(9)[None] if paired is not None else positions[:, :1] - 1
+        pattern = AttentionPattern(positions, torch.cat([keys, positions], dim=1), True, window)
+        alone = T5GemmaEncoderLayer.forward(
+            layer, anchor, decoder.ropes(x, first)[kind], AttentionPattern(first, first)
+        )
+        read = alone[2:] if paired is None else encoded.key_values[paired]
+        x, *_ = layer(x, decoder.ropes(x, positions)[kind], pattern, *read)
+        anchor = alone[0]
+    torch.testing.assert_close(got, model.lm_head(decoder.norm(x)), atol=1e-5, rtol=0)
+    # Step by step with a cache, and packed beside another document.
+    text = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+    logits = model(input_ids=ids, decoder_input_ids=text[:, :-1], use_cache=False).logits
+    assert logits.argmax(-1)[0].tolist() == text[0, 1:].tolist()
+    both = torch.cat([tokens(1, 5, seed=3), ids], dim=1), torch.cat([tokens(1, 6, seed=4), targets], dim=1)
+    segments = [torch.tensor([[1] * first + [2] * second]) for first, second in ((5, 9), (6, 4))]
+    packed = model(
+        both[0],
+        decoder_input_ids=both[1],
+        segment_ids=segments[0],
+        decoder_segment_ids=segments[1],
+        use_cache=False,
+    )
+    torch.testing.assert_close(packed.logits[:, 6:], got, atol=1e-5, rtol=0)

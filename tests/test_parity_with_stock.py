@@ -6,10 +6,19 @@ import pytest
 import torch
 
 import modeling_t5gemma as m
+from tests.selections import pairwise
 from tests.tiny import BALANCED, NARROW, VOCAB, padded, stock_twin, t5gemma, tokens
 
 PAIRS = {"balanced": (BALANCED, BALANCED), "unbalanced": (BALANCED, NARROW)}
 START = 2
+GENERATE = [
+    {},
+    {"num_beams": 3},
+    {"num_beams": 3, "num_return_sequences": 2},
+    {"use_cache": False},
+    {"cache_implementation": "static"},
+    {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
+]
 
 
 @pytest.fixture(scope="module", params=PAIRS)
@@ -95,18 +104,8 @@ def test_loss_with_ignored_labels(twins):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"num_beams": 3},
-        {"num_beams": 3, "num_return_sequences": 2},
-        {"use_cache": False},
-        {"cache_implementation": "static"},
-        {"do_sample": True, "top_k": 20, "num_return_sequences": 2},
-    ],
-    ids=str,
+    ("twins", "side", "kwargs"), pairwise(PAIRS, ["left", "right"], GENERATE), indirect=["twins"], ids=str
 )
 def test_generate_in_batches(twins, side, kwargs):
     ids, mask = padded(tokens(3, 12), [12, 5, 9], side, 12)

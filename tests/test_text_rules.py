@@ -132,6 +132,13 @@ def test_labels_that_look_wrong_are_told_once(monkeypatch):
     assert len(told) == 1
 
 
+def test_a_model_without_a_target_names_the_text_encoder(pair):
+    """As SentenceTransformer(checkpoint) calls it, which knows no such encoder."""
+    model, _ = pair
+    with pytest.raises(ValueError, match=r"sentence_transformer\(checkpoint\)"):
+        model.model(input_ids=torch.tensor([[5, 6]]))
+
+
 def test_the_standard_recipe(pair, tmp_path):
     """``text_target``, DataCollatorForSeq2Seq and Seq2SeqTrainer: it learns, answers and stops."""
     model, tokenizer = pair

@@ -17,6 +17,10 @@ from modeling_t5gemma.conversion.convert import Prepared, carry_out, prepare
 from modeling_t5gemma.conversion.options import CROSS_ATTENTION, DTYPES, ENCODER_KV, ConversionOptions, describe_layers
 from modeling_t5gemma.conversion.plan import Constant, Copied, Drawn, Plan, Write
 from modeling_t5gemma.cross_attention import is_cross_attention
+from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io.staging import place_of
+from modeling_t5gemma.publishing.settings import Publication, check_repository
+from modeling_t5gemma.publishing.upload import publish_checkpoint
 
 _ORIGINS = {Copied: "copied", Drawn: "drawn", Constant: "set to one value"}
 
@@ -50,11 +54,16 @@ def convert_command(aliases_of: str) -> Callable[..., None]:
         revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of sources from the Hub.")] = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
         verify: Annotated[bool, typer.Option("--verify", help="Compare the result with its sources.")] = False,
-        push_to_hub: Annotated[str | None, typer.Option(help="Upload to this repository, private if new.")] = None,
+        push_to_hub: Annotated[
+            str | None, typer.Option(help="Publish it there, privately, as t5gemma publish does.")
+        ] = None,
         overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at --output.")] = False,
         quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     ) -> None:
         """Convert decoder-only checkpoints into an encoder-decoder one."""
+        output = place_of(output)
+        if push_to_hub is not None:
+            check_repository("--push-to-hub", push_to_hub)
         if quiet:
             disable_progress_bar()  # transformers' own, when --verify loads models
         prepared = prepare(
@@ -101,8 +110,20 @@ def convert_command(aliases_of: str) -> Callable[..., None]:
             highlight=False,
             soft_wrap=True,
         )
+        if push_to_hub is not None:
+            console.print(_published(output, push_to_hub), highlight=False, soft_wrap=True)
 
     return convert
+
+
+def _published(output: Path, repository: str) -> str:
+    """The address that a checkpoint has on the Hub now, privately."""
+    try:
+        return publish_checkpoint(Publication(output, repository))
+    except UserError as error:
+        raise UserError(
+            f"{output} is complete, and not on the Hub: {error} Then: t5gemma publish {output} {repository}"
+        ) from error
 
 
 def plan_table(prepared: Prepared) -> Table:

@@ -70,7 +70,7 @@ def efficiency(
     if report is not None:
         if scores or not calculated:
             check_matplotlib()
-        make_folder("--report", report)
+        report = make_folder("--report", report)
     bytes_per_value = getattr(torch, dtype).itemsize
     entries = []
     for label, path in labels.items():

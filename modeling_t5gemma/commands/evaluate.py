@@ -70,7 +70,7 @@ def evaluate(
     for path in labels.values():  # the last one too, before the first one's hours
         check_checkpoint(path, base=base)
     if output is not None:
-        make_folder("--output", output)
+        output = make_folder("--output", output)
     settings = Settings(limit, data, wanted.suite == "it" if chat is None else chat, block, allow_code, batch_size)
     results = {}
     for label, path in labels.items():

@@ -129,7 +129,7 @@ def _cross_attention(config: Any) -> str:
     layer_map = config.cross_attention_map
     if layer_map == list(range(len(layer_map))):
         return f"{kind.name}: {own}each layer reads the encoder's same"
-    return f"{kind.name}: {own}reads encoder layers {','.join(map(str, layer_map))}"
+    return f"{kind.name}: {own}reads encoder layers {','.join('-' if m is None else str(m) for m in layer_map)}"
 
 
 def _totals(tensors: Sequence[TensorHeader]) -> tuple[str, str, str]:

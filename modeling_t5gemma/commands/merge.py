@@ -10,9 +10,9 @@ import typer
 from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
 from modeling_t5gemma.inference.adapters import load_adapter, read_base
 from modeling_t5gemma.io.checkpoints import read_generation_config
+from modeling_t5gemma.io.staging import check_apart, check_output, staged
 from modeling_t5gemma.io.tensors import check_finite_model
 from modeling_t5gemma.post_training.adapters import merge_adapter
 from modeling_t5gemma.training.loading import load_whole

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from modeling_t5gemma.publishing.repository import Repository, prepared
 from modeling_t5gemma.publishing.settings import Publication
-from modeling_t5gemma.publishing.upload import upload
+from modeling_t5gemma.publishing.upload import publish_checkpoint
 
 
 def publish(
@@ -66,11 +66,11 @@ def publish(
     )
     if quiet:
         disable_progress_bars()
-    with prepared(given) as ready:
-        if dry_run:
+    if dry_run:
+        with prepared(given) as ready:
             _show(ready, given)
-            return
-        url = upload(ready.folder, repository, public=public)
+        return
+    url = publish_checkpoint(given)
     if not quiet:
         typer.echo(url)
 

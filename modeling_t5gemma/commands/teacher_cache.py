@@ -10,6 +10,7 @@ import typer
 from tqdm import tqdm
 
 from modeling_t5gemma.collators import Layout
+from modeling_t5gemma.commands.outputs import make_folder
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.objectives import PrefixLM
 from modeling_t5gemma.training.documents import Pieces
@@ -34,6 +35,7 @@ def teacher_cache(
     """Store unbiased samples of a teacher's distribution, to train without it in memory (arXiv 2503.16870)."""
     if dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype {dtype} is neither float32 nor bfloat16.")
+    output = make_folder("--output", output)
     tokenizer = load_tokenizer(teacher)
     vocabulary = vocabulary_of(tokenizer, teacher)
     pieces = Pieces(TokenShards(tokens, vocabulary), window, PrefixLM().shortest())

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from modeling_t5gemma.conversion.convert import hub_code_files
-from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.io.checkpoints import load_config
 from modeling_t5gemma.io.safetensors_files import TensorToWrite, copy_rest, read_headers, write_divided_as
+from modeling_t5gemma.io.staging import check_apart, check_output, staged
 from modeling_t5gemma.io.tensors import StoredTensor, nbytes, row_ranges
 from modeling_t5gemma.io.text_files import read_json
 

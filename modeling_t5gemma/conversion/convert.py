@@ -16,12 +16,11 @@ from modeling_t5gemma.conversion.documents import write_documents
 from modeling_t5gemma.conversion.options import DTYPES, ConversionOptions
 from modeling_t5gemma.conversion.plan import Constant, Copied, Drawn, Plan, Write, build_plan
 from modeling_t5gemma.conversion.source import Source, resolve_source
-from modeling_t5gemma.conversion.staging import check_apart, check_output, staged
 from modeling_t5gemma.conversion.target import Target, build_target
 from modeling_t5gemma.conversion.tokenizers import check_same_vocabulary, write_tokenizer
 from modeling_t5gemma.errors import UserError
-from modeling_t5gemma.io import hub
 from modeling_t5gemma.io.safetensors_files import TensorToWrite, write_index, write_safetensors
+from modeling_t5gemma.io.staging import check_apart, check_output, staged
 from modeling_t5gemma.io.tensors import constant_chunks, drawn_chunks, repeated_chunks, stored_chunks
 
 
@@ -42,7 +41,7 @@ def prepare(options: ConversionOptions, *, dry_run: bool = False) -> Prepared:
     Raises:
         UserError: see ``resolve_source``, ``build_target`` and ``build_plan``; or the output exists.
     """
-    check_output(options.output.expanduser(), overwrite=options.overwrite)
+    check_output(options.output, overwrite=options.overwrite)
 
     def resolve(given: str) -> Source:
         return resolve_source(given, options.revision, options.aliases_of, weights=not dry_run)
@@ -58,7 +57,7 @@ def prepare(options: ConversionOptions, *, dry_run: bool = False) -> Prepared:
 
 
 def carry_out(prepared: Prepared, on_bytes: Callable[[int], None] = lambda _: None) -> None:
-    """Write the checkpoint, and verify and upload it if the options say so.
+    """Write the checkpoint, and verify it if the options say so.
 
     Anonymous memory stays within a few buffers of ``tensors.CHUNK_BYTES`` whatever the size.
 
@@ -66,8 +65,7 @@ def carry_out(prepared: Prepared, on_bytes: Callable[[int], None] = lambda _: No
         on_bytes: called with the number of bytes of each piece of the weights written.
 
     Raises:
-        UserError: the disk is full, verification fails, or the Hub refuses. Nothing is left behind, but for a
-            checkpoint that is complete and could only not be uploaded.
+        UserError: the disk is full, or verification fails. Nothing is left behind.
     """
     options, target, plan = prepared
     enc, dec = target.encoder.source, target.decoder.source
@@ -87,8 +85,6 @@ def carry_out(prepared: Prepared, on_bytes: Callable[[int], None] = lambda _: No
             except UserError as error:
                 # The folder of this name is about to vanish.
                 raise UserError(str(error).replace(str(folder), str(options.output))) from error
-    if options.push_to_hub is not None:
-        hub.push(options.output.expanduser(), options.push_to_hub)
 
 
 def hub_code_files() -> list[Path]:

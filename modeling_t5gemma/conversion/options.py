@@ -40,7 +40,7 @@ class ConversionOptions:
         aliases_of: the family whose aliases ``enc`` and ``dec`` may be.
         overwrite: replace a checkpoint at ``output``.
         verify: prove the result before it is given its name.
-        push_to_hub: a repository to upload the result to.
+        push_to_hub: the repository that the result is for, which its card names.
     """
 
     enc: str

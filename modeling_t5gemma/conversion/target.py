@@ -10,7 +10,6 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_t5gemma.configuration_t5gemma import (
-    FULL,
     AdaptedSeq2SeqConfig,
     AdaptedSeq2SeqModuleConfig,
     T5GemmaConfig,
@@ -181,25 +180,13 @@ def _bidirectional_layers(spec: str, layers: int) -> str | list[int]:
     return "all" if len(numbers) == layers else numbers
 
 
-def _layer_map(encoder: Stack, decoder: Stack) -> list[int]:
-    """The encoder layer for each decoder layer: the one of the same source layer, or the nearest of its kind."""
+def _layer_map(encoder: Stack, decoder: Stack) -> list[int | None]:
+    """The encoder layer for each decoder layer, that of the same source layer; None where it is not kept."""
     depths = [stack.source.config.num_hidden_layers for stack in (encoder, decoder)]
     if depths[0] != depths[1]:
         raise UserError(
             f"Cross-attention layer by layer pairs the layers of models of one depth, but {encoder.source.name} has "
             f"{depths[0]} and {decoder.source.name} {depths[1]}. Use auto."
         )
-    kinds = [
-        getattr(stack.source.config, "layer_types", None) or [FULL] * depth
-        for stack, depth in zip((encoder, decoder), depths, strict=True)
-    ]
-    layer_map = []
-    for layer in decoder.layers:
-        kind = kinds[1][layer]
-        same_kind = [i for i, kept in enumerate(encoder.layers) if kinds[0][kept] == kind]
-        if not same_kind:
-            raise UserError(
-                f"--enc-layers keeps no {kind} layer, which the source's layer {layer} has to read. Keep one."
-            )
-        layer_map.append(min(same_kind, key=lambda i: abs(encoder.layers[i] - layer)))
-    return layer_map
+    places = {layer: place for place, layer in enumerate(encoder.layers)}
+    return [places.get(layer) for layer in decoder.layers]

@@ -17,6 +17,7 @@ from modeling_t5gemma.conversion.source import Source, resolve_source
 from modeling_t5gemma.cross_attention import kind_of
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.io.checkpoints import load_tokenizer, told
+from modeling_t5gemma.io.text_files import check_own
 from modeling_t5gemma.text.files import write_rule
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model")
@@ -76,6 +77,7 @@ def write_tokenizer(enc: Source, dec: Source, folder: Path, config: Any) -> list
     if _vocabulary_file(source) is not None:
         for name in _FILES:
             if (source.folder / name).exists():
+                check_own(source.folder / name)
                 shutil.copyfile(source.folder / name, folder / name)
     if not (folder / "tokenizer.json").exists():
         _rebuild(source, folder)

@@ -9,14 +9,14 @@ outputs but the last); a decoder-only model reads S tokens, of which only the la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Gemma2Config, PreTrainedConfig
 
 from ..configuration_t5gemma import FULL, SLIDING, STACK_PRESETS, T5GemmaConfig, is_bidirectional
-from ..cross_attention import kind_of
+from ..cross_attention import KEY_VALUES, kind_of, layers_read
 from ..errors import UserError
 from ..masks import reach
 
@@ -167,24 +167,11 @@ def flops(config: Any, input_tokens: int, output_tokens: int, *, dense: bool = F
         pairs = sum(_cached_pairs(tokens, input_tokens, window, dense) for window in stack.windows)
         return Flops(0, stack.products(tokens) + stack.scores(pairs), 0, stack.head(output_tokens))
     encoder, decoder = Stack.of(config.encoder), Stack.of(config.decoder)
-    encoder_pairs = sum(
-        input_tokens**2 if dense else _pairs(input_tokens, window, both)
-        for window, both in zip(encoder.windows, encoder.bidirectional)
-    )
     own = sum(_cached_pairs(output_tokens, 1, window, dense) for window in decoder.windows)
-    kind = kind_of(config)
-    if kind.continues and not dense:
-        cross = decoder.scores(_joined_pairs(decoder, input_tokens, output_tokens))
-    else:
-        cross = decoder.scores(decoder.layers * input_tokens * output_tokens)
-    if not kind.joint:
-        cross += 4 * decoder.layers * decoder.head_dim * output_tokens * decoder.width * decoder.heads
-    if kind.weights:
-        cross += 4 * decoder.layers * decoder.head_dim * input_tokens * encoder.width * decoder.kv_heads
     return Flops(
-        encoder.products(input_tokens) + encoder.scores(encoder_pairs),
+        _encoding(encoder, config, input_tokens, dense),
         decoder.products(output_tokens) + decoder.scores(own),
-        cross,
+        _cross_attention(encoder, decoder, config, input_tokens, output_tokens, dense),
         decoder.head(output_tokens),
     )
 
@@ -192,14 +179,14 @@ def flops(config: Any, input_tokens: int, output_tokens: int, *, dense: bool = F
 def cache_bytes(config: Any, input_tokens: int, output_tokens: int, bytes_per_value: int = 2) -> int:
     """Bytes of the keys and values that are held for one sequence when its last token comes.
 
-    A sliding layer holds one position less than its window; cross-attention holds the whole input in every layer,
-    layerwise too.
+    A sliding layer holds one position less than its window, of the outputs and, where positions go on after the
+    source's, of the source. Other layers hold the whole source, one that reads none a single token of it.
     """
     stack = Stack.of(config.decoder if config.is_encoder_decoder else config)
     own = output_tokens if config.is_encoder_decoder else input_tokens + output_tokens - 1
     positions = sum(own if window is None else min(own, reach(window)) for window in stack.windows)
     if config.is_encoder_decoder:
-        positions += stack.layers * input_tokens
+        positions += sum(_source_keys(stack, config, input_tokens))
     return 2 * positions * stack.kv_heads * stack.head_dim * bytes_per_value
 
 
@@ -238,11 +225,54 @@ def _cached_pairs(tokens: int, prompt: int, window: int | None, dense: bool) -> 
     return seen - _pairs(prompt, window, False) + prompt**2 if dense else seen
 
 
-def _joined_pairs(decoder: Stack, input_tokens: int, output_tokens: int) -> int:
-    """Pairs of an output and an input token where windows count over both: a sliding layer soon leaves the input
+def _encoding(encoder: Stack, config: Any, input_tokens: int, dense: bool) -> int:
+    """Of a decoder that reads keys and values the last are those of the last layer that is read."""
+    keys = 0
+    if kind_of(config).reads == KEY_VALUES:
+        last = layers_read(config)[-1]
+        encoder = replace(encoder, windows=encoder.windows[:last], bidirectional=encoder.bidirectional[:last])
+        keys = 4 * input_tokens * encoder.width * encoder.kv_heads * encoder.head_dim
+    pairs = sum(
+        input_tokens**2 if dense else _pairs(input_tokens, window, both)
+        for window, both in zip(encoder.windows, encoder.bidirectional, strict=True)
+    )
+    return encoder.products(input_tokens) + encoder.scores(pairs) + keys
+
+
+def _cross_attention(
+    encoder: Stack, decoder: Stack, config: Any, input_tokens: int, output_tokens: int, dense: bool
+) -> int:
+    kind = kind_of(config)
+    keys = _source_keys(decoder, config, input_tokens)
+    if kind.continues and not dense:
+        pairs = sum(map(_joined_pairs, keys, [output_tokens] * len(keys), decoder.windows))
+    else:
+        pairs = sum(keys) * output_tokens
+    cost = decoder.scores(pairs)
+    if not kind.joint:
+        cost += 4 * decoder.layers * decoder.head_dim * output_tokens * decoder.width * decoder.heads
+    if kind.weights:
+        cost += 4 * decoder.layers * decoder.head_dim * input_tokens * encoder.width * decoder.kv_heads
+    if without := [layer for layer, m in enumerate(config.cross_attention_map or ()) if m is None]:
+        # Their anchor goes through the layers up to the last of them, alone.
+        below = replace(decoder, windows=decoder.windows[: without[-1] + 1])
+        cost += below.products(1) + below.scores(below.layers)
+    return cost
+
+
+def _source_keys(decoder: Stack, config: Any, input_tokens: int) -> list[int]:
+    """How many of the source's keys each layer of a decoder holds."""
+    continues = kind_of(config).continues
+    held = [
+        input_tokens if window is None or not continues else min(input_tokens, reach(window))
+        for window in decoder.windows
+    ]
+    layer_map = config.cross_attention_map or held
+    return [1 if paired is None else keys for keys, paired in zip(held, layer_map, strict=True)]
+
+
+def _joined_pairs(input_tokens: int, output_tokens: int, window: int | None) -> int:
+    """Pairs of an output and an input token where a window counts over both: a sliding layer soon leaves the input
     behind."""
-    pairs = 0
-    for window in decoder.windows:
-        joined = _pairs(input_tokens + output_tokens, window, False) - _pairs(input_tokens, window, False)
-        pairs += joined - _pairs(output_tokens, window, False)
-    return pairs
+    joined = _pairs(input_tokens + output_tokens, window, False) - _pairs(input_tokens, window, False)
+    return joined - _pairs(output_tokens, window, False)

@@ -11,10 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
-from ..conversion.staging import check_apart, check_output, staged
 from ..errors import UserError
 from ..inference.loading import load_checkpoint
 from ..io.checkpoints import ADAPTER
+from ..io.staging import check_apart, check_output, staged
 from ..text.rules import with_rule
 from ..training.loading import load_config
 from ..training.papers import legal_papers

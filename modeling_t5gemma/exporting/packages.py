@@ -33,7 +33,12 @@ class TwoPrograms:
         self._format, self._dtype = format, getattr(torch, quantization)
 
     def refuse(self, config: Any, path: Path) -> None:
-        """Nothing: every model of this package can be written so."""
+        """A decoder with layers that read no source: the programs hand over as many keys for every layer."""
+        if None in (config.cross_attention_map or ()):
+            raise UserError(
+                f"{path} has decoder layers that read no source (None in cross_attention_map), which no format can "
+                "represent yet. Export a checkpoint whose encoder keeps a layer for each."
+            )
 
     def limits(self, config: Any) -> list[str]:
         heads = config.encoder.num_attention_heads

@@ -63,6 +63,18 @@ def check_regular(path: Path) -> None:
     raise UserError(f"{path} is missing. Give a folder that holds a whole checkpoint.")
 
 
+def check_own(path: Path) -> None:
+    """Make sure that a file is its folder's own, to be passed on with it: a link may lead to anything of the user's.
+
+    Raises:
+        UserError: it is no regular file, or a link; those by which the Hub's cache keeps the files of a repository
+            once are none.
+    """
+    check_regular(path)
+    if path.is_symlink() and path.resolve().parent != path.parent.resolve().parents[1] / "blobs":
+        raise UserError(f"{path} is a link, which is not followed here. Put the file itself in its place.")
+
+
 def _is_shallow(value: Any, levels: int) -> bool:
     if not isinstance(value, dict | list):
         return True

@@ -11,21 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # the HTTP library's, passed on
-
 from ..conversion.documents import RECORD_FILE
 from ..conversion.families import FAMILIES, family_of
 from ..conversion.families.gemma import GEMMA_TERMS
 from ..conversion.family import Legal
 from ..errors import UserError
+from ..io import hub
 from ..io.text_files import read_json
 from ..training.claims import RUN_FILE
 from ..training.papers import local_path, run_of
 from ..training.teacher_cache import INDEX as TEACHER_CACHE_INDEX
 from .settings import Publication, is_repository
-
-_SECONDS = 10.0  # to wait for the Hub's answer
 
 
 @dataclass
@@ -95,10 +91,9 @@ def trace(given: Publication) -> Lineage:
 def _is_licensed_as_gemma(repository: str) -> bool:
     """Whether the Hub has it under Gemma's licence, whatever its name; not where it cannot be asked."""
     try:
-        tags = HfApi().model_info(repository, timeout=_SECONDS).tags or []
-    except (HTTPError, OSError):
+        return f"license:{GEMMA_TERMS.license}" in hub.tags(repository)
+    except UserError:
         return False
-    return f"license:{GEMMA_TERMS.license}" in tags
 
 
 def read_notice(path: Path) -> str:

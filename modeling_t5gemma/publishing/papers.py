@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..conversion.family import Legal
 from ..errors import UserError
+from ..io.text_files import check_own, read_text
 from .lineage import Lineage, read_notice
 
 _LICENCES = ("LICENSE*", "LICENCE*")
@@ -29,6 +30,8 @@ def write_papers(folder: Path, lineage: Lineage, terms: Path | None) -> str | No
         UserError: the terms are asked for and there is no copy.
     """
     for path in _found(lineage.folders, _LICENCES):
+        check_own(path)
+        read_text(path)  # no pickle, whatever it is called
         shutil.copyfile(path, folder / path.name)
     legal = lineage.legal
     if legal is None:

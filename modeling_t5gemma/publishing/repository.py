@@ -1,8 +1,9 @@
-"""The files of a repository, put together in a folder of links and small files."""
+"""The files of a repository, put together in a folder of small files and of links to the weights."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,11 @@ from pathlib import Path
 
 from ..conversion.convert import hub_code_files
 from ..conversion.documents import RECORD_FILE
-from ..io.text_files import read_json
+from ..io.safetensors_files import weight_files
+from ..io.text_files import check_own, read_json
 from ..objectives import SENTINELS_FILE
 from .card import make_card
+from .contents import carried, check_secrets
 from .lineage import trace
 from .papers import write_papers
 from .recipe import read_recipe
@@ -21,16 +24,6 @@ from .results import read_results, write_eval_results
 from .settings import Publication
 from .validation import Validated, validate
 
-# Beside the weights and what is written anew. Everything else stays: optimizer states, settings with local paths, and
-# code and pickles of unknown origin.
-_CARRIED = (
-    "model.safetensors.index.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 # Written once, beside the converted checkpoint or the run's output; they hold for what was trained from it.
 _INHERITED = (RECORD_FILE, SENTINELS_FILE)
 # Where a checkpoint lay on somebody's disk, which tells others nothing.
@@ -75,14 +68,19 @@ def prepared(given: Publication) -> Iterator[Repository]:
         results = [result for path in given.evaluations for result in read_results(path)]
         results += recipes[0].held_out if recipes else []
         write_eval_results(folder, results)
+        others = carried(checkpoint)
+        for path in (checkpoint / "config.json", *weight_files(checkpoint)):
+            check_own(path)
         validated = validate(checkpoint)
-        carried = [path for pattern in _CARRIED for path in sorted(checkpoint.glob(pattern)) if path.is_file()]
         nearest = {path.name: path for name in _INHERITED for path in _in(reversed(lineage.folders), name)}
         card = make_card(given, validated, lineage, recipes, results, terms, has_record=RECORD_FILE in nearest)
         card.save(folder / "README.md")
         _write_config(folder, checkpoint, validated)
-        code = hub_code_files() if validated.needs_code else []
-        for path in (*carried, *nearest.values(), *validated.weights, *code):
+        for path in (*others, *nearest.values()):
+            check_own(path)
+            shutil.copyfile(path, folder / path.name)
+        check_secrets(path for path in sorted(folder.rglob("*")) if path.is_file())
+        for path in (*validated.weights, *(hub_code_files() if validated.needs_code else ())):
             (folder / path.name).symlink_to(path.resolve())
         yield Repository(folder, validated, str(card))
 

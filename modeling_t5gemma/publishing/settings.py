@@ -57,8 +57,7 @@ class Publication:
             raise UserError(f"{self.checkpoint} is no folder. Give a checkpoint's (hf download fetches one).")
         for option, names in (("The repository", (self.repository,)), ("--base", self.bases)):
             for name in names:
-                if not (is_repository(name) and _is_allowed(name)):
-                    raise UserError(f"{option} {name!r} is not the name of a Hub repository. Give OWNER/NAME.")
+                check_repository(option, name)
         for dataset in self.datasets:
             if not _is_allowed(dataset):  # some data sets have no owner
                 raise UserError(f"--dataset {dataset!r} is not the name of a data set of the Hub. Give OWNER/NAME.")
@@ -72,6 +71,16 @@ class Publication:
                 )
         if self.from_scratch and self.bases:
             raise UserError("--from-scratch and --base contradict each other. Give one of them.")
+
+
+def check_repository(option: str, name: str) -> None:
+    """Refuse what cannot be the name of a repository.
+
+    Raises:
+        UserError: it is not OWNER/NAME as the Hub allows them.
+    """
+    if not (is_repository(name) and _is_allowed(name)):
+        raise UserError(f"{option} {name!r} is not the name of a Hub repository. Give OWNER/NAME.")
 
 
 def _is_allowed(name: str) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..cross_attention import KEY_VALUES, is_cross_attention, kind_of
+from ..cross_attention import KEY_VALUES, is_cross_attention, kind_of, layers_read
 from ..errors import UserError
 from .settings import Part
 
@@ -53,7 +53,7 @@ def _unread(model: PreTrainedModel) -> list[str]:
     decoder = getattr(model.config, "decoder", None)  # which a decoder-only model has not
     if decoder is None or kind_of(decoder).reads != KEY_VALUES:
         return []
-    last = max(decoder.cross_attention_map)
+    last = layers_read(decoder)[-1]
     prefix = next(name for name, module in model.named_modules() if name.split(".")[-1] == "encoder")
     parts = ["embed_tokens", *(f"layers.{i}" for i in range(last)), *(f"layers.{last}.{name}" for name in _READ)]
     read = tuple(f"{prefix}.{part}." for part in parts)

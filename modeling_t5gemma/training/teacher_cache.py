@@ -22,7 +22,7 @@ from ..collators import collate_for_teacher
 from ..errors import UserError
 from .documents import Pieces
 from .evaluation import HeldOutPair
-from .shards import Vocabulary, write_atomically, write_json
+from .shards import PARTIAL, Vocabulary, write_atomically, write_json
 from .teacher import Teacher
 
 INDEX = "teacher.json"
@@ -58,6 +58,8 @@ def write_cache(
         "seed": seed,
     }
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f".*{PARTIAL}"):  # by a run that was killed: a cache has one writer
+        left.unlink()
     if (folder / INDEX).exists():
         _check(folder, _read(folder), settings)
     else:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from ..conversion.convert import hub_code_files
-from ..conversion.staging import check_apart, check_output, staged
 from ..errors import UserError
 from ..io.safetensors_files import TensorToWrite, copy_rest, write_divided_as
+from ..io.staging import check_apart, check_output, staged
 from ..io.tensors import StoredTensor, nbytes, row_ranges
 from ..io.text_files import read_json
 from ..objectives import load_sentinels, save_sentinels

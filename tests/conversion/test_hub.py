@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from modeling_t5gemma.conversion.families import FAMILIES
+from tests.publishing.conftest import TERMS
+from tests.publishing.hub import COMMIT, Handler, Hub
 
-COMMIT = "c" * 40
 TOKEN = "hf_thistokenmustneverbeprinted"
 # Each case is a run of the command line in one process; a line of JSON for each.
 RUN_CASES = """
@@ -36,48 +35,26 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """google/gemma-2-2b and -9b serve ``folder``; owner/gated is gated; no other repository exists."""
+class FakeHub(Handler):
+    """google/gemma-2-2b and -9b serve ``folder``; owner/gated is gated; the rest is the Hub that takes uploads."""
 
     folder: Path
     fetched: list[str]
-    created: list[dict]
-    committed: dict[str, bytes]
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def answer(self, status: int, body: object = b"", headers: dict[str, str] | None = None) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
         files = {file.name: file for file in self.folder.iterdir()}
         known = re.fullmatch(r"(?:/api/models)?/google/gemma-2-[29]b/(\w+)/(\w+)(?:/([\w.-]+))?", path)
         if "/gated" in path:
-            self.answer(403, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": "Ask for access"})
+            self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Ask for access")
         elif known is None:
-            self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
+            super().do_GET()
         elif known[2] not in ("main", COMMIT):
-            self.answer(404, headers={"X-Error-Code": "RevisionNotFound"})
+            self.answer(404, X_Error_Code="RevisionNotFound")
         elif known[1] == "resolve" and known[3] not in files:
-            self.answer(404, headers={"X-Error-Code": "EntryNotFound"})
+            self.answer(404, X_Error_Code="EntryNotFound")
         elif known[1] == "resolve":
-            data = files[known[3]].read_bytes()
-            headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            if wanted:
-                self.answer(206, data[int(wanted[1]) : int(wanted[2]) + 1], headers)
-            else:
-                if self.command == "GET":
-                    self.fetched.append(path)
-                self.answer(200, data, headers)
+            self.resolve(path, files[known[3]].read_bytes())
         elif known[1] == "tree":
             self.answer(
                 200, [{"type": "file", "path": n, "size": f.stat().st_size, "oid": "0"} for n, f in files.items()]
@@ -86,42 +63,26 @@ class FakeHub(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             self.answer(200, {"id": path.split("/revision")[0][12:], "sha": COMMIT, "siblings": siblings})
 
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.path == "/api/repos/create":
-            self.created.append(json.loads(body))
-            self.answer(200, {"url": f"http://{self.headers['Host']}/somebody/converted"})
-        elif self.path == "/api/validate-yaml":
-            self.answer(200, {"warnings": [], "errors": []})
-        elif "/preupload/" in self.path:
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            self.answer(200, {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
-        elif "/commit/" in self.path:
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    self.committed[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            self.answer(
-                200,
-                {
-                    "commitUrl": f"http://{self.headers['Host']}/somebody/converted/commit/{COMMIT}",
-                    "commitOid": COMMIT,
-                },
-            )
+    def resolve(self, path: str, data: bytes) -> None:
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X_Repo_Commit": COMMIT}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted:
+            self.answer(206, data[int(wanted[1]) : int(wanted[2]) + 1], **headers)
         else:
-            self.answer(404, headers={"X-Error-Code": "RepoNotFound"})
+            if self.command == "GET":
+                self.fetched.append(path)
+            self.answer(200, data, **headers)
+
+    do_HEAD = do_GET
 
 
 @pytest.mark.loopback
 def test_download_refusals_and_upload(sources, tmp_path):
-    FakeHub.folder, FakeHub.fetched, FakeHub.created, FakeHub.committed = sources("gemma2"), [], [], {}
-    (tmp_path / "extra").mkdir()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    FakeHub.folder, FakeHub.fetched = tmp_path / "repository", []
+    shutil.copytree(sources("gemma2"), FakeHub.folder)
+    (FakeHub.folder / "GEMMA_TERMS.md").write_text(TERMS)
+    server = Hub(handler=FakeHub)
     output = str(tmp_path / "output")
-    endpoint = f"http://127.0.0.1:{server.server_address[1]}"
 
     def both(name: str, *options: str, to: str = output) -> list[str]:
         return ["--quiet", "--enc", name, "--dec", name, "--output", to, *options]
@@ -131,10 +92,12 @@ def test_download_refusals_and_upload(sources, tmp_path):
         both("owner/absent"),
         both("2b", "--revision", "nightly"),
         ["--enc", "9b", "--dec", "9b", "--output", output, "--dry-run"],
+        both("2b", "--push-to-hub", "somebody"),
+        both(str(sources("gemma2")), "--push-to-hub", "somebody/else", to=str(tmp_path / "local")),
         both("2b", "--push-to-hub", "somebody/converted"),
         ["--quiet", "--enc", str(sources("gemma2")), "--dec", "2b", "--output", output, "--overwrite"],
     ]
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}
+    environment = {**os.environ, "HF_ENDPOINT": server.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "hf")}
     environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", RUN_CASES, json.dumps(cases)],
@@ -147,11 +110,15 @@ def test_download_refusals_and_upload(sources, tmp_path):
     server.shutdown()
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
-    gated, absent, revision, planned, pushed, mixed = (json.loads(line) for line in done.stdout.splitlines())
+    gated, absent, revision, planned, misnamed, local, pushed, mixed = (
+        json.loads(line) for line in done.stdout.splitlines()
+    )
     for result, pattern in (
         (gated, r"error: No access to the gated repository owner/gated\. Accept its terms.*log in .*\n"),
         (absent, r"error: There is no repository owner/absent on the Hub.*\n"),
         (revision, r"error: google/gemma-2-2b has no revision 'nightly'.*\n"),
+        (misnamed, r"error: --push-to-hub 'somebody' is not the name of a Hub repository\. Give OWNER/NAME\.\n"),
+        (local, r"error: \S+/local is complete, and not on the Hub: .*--base.* Then: t5gemma publish .*\n"),
     ):
         assert result[:2] == [2, ""] and re.fullmatch(pattern, result[2]), result
     # A dry run looks at the headers and fetches no weights.
@@ -159,15 +126,16 @@ def test_download_refusals_and_upload(sources, tmp_path):
     assert any("gemma-2-9b" in path and path.endswith("config.json") for path in FakeHub.fetched)
     assert not any("gemma-2-9b" in path and path.endswith(".safetensors") for path in FakeHub.fetched)
     assert pushed == [0, "", ""] and mixed == [0, "", ""]
-    (created,) = FakeHub.created
-    assert created["name"] == "converted"
-    assert created.get("private") or created.get("visibility") == "private"
-    assert FakeHub.committed["config.json"] == (tmp_path / "output" / "config.json").read_bytes()
-    assert {"model.safetensors", "README.md", "NOTICE", "tokenizer.json"} <= set(FakeHub.committed)
+    (created,) = server.repositories.values()
+    committed = created.files
+    assert created.private
+    assert committed["config.json"] == (tmp_path / "output" / "config.json").read_bytes()
+    assert {"model.safetensors", "README.md", "NOTICE", "tokenizer.json"} <= set(committed)
     record = json.loads((tmp_path / "output" / "conversion.json").read_text())
     assert (record["decoder"]["source"], record["decoder"]["commit"]) == ("google/gemma-2-2b", COMMIT)
     assert record["encoder"]["commit"] is None
-    card = FakeHub.committed["README.md"].decode()
+    assert not any(name.endswith((".bin", ".pkl")) for name in committed)
+    card = committed["README.md"].decode()
     assert "base_model:\n- google/gemma-2-2b\n" in card and 'from_pretrained("somebody/converted"' in card
 
 

@@ -96,9 +96,9 @@ class TestRefusals:
         with pytest.raises(UserError, match="num_key_value_heads has to be equal"):
             plan(sources("gemma2"), cross_attention="layerwise", encoder_kv="mha")
 
-    def test_layerwise_without_a_layer_of_the_kind(self, sources, plan):
-        with pytest.raises(UserError, match="keeps no full_attention layer"):
-            plan(sources("gemma2"), cross_attention="layerwise", enc_layers="0,2")
+    def test_layerwise_without_a_layer_that_is_read(self, sources, plan):
+        with pytest.raises(UserError, match="but not everywhere"):
+            plan(sources("gemma2"), cross_attention="layerwise", enc_layers="0,2", dec_layers="1,3")
 
     def test_sharing_across_widths(self, sources, plan):
         with pytest.raises(UserError, match="share_embeddings needs equal"):
@@ -181,8 +181,9 @@ class TestCrossAttention:
         assert layer_map() == [0, 1, 2, 3]
         assert layer_map(dec_layers="1,3") == [1, 3]
         assert layer_map(enc_layers="1-3", dec_layers="1-3") == [0, 1, 2]
-        # Layer 0 is gone: the nearest sliding one is 2, which is the encoder's second.
-        assert layer_map(enc_layers="1-3") == [1, 0, 1, 2]
+        # What is not kept is not read.
+        assert layer_map(enc_layers="0-2") == [0, 1, 2, None]
+        assert layer_map(enc_layers="1-3", dec_layers="0-1") == [None, 0]
 
 
 class TestStacks:

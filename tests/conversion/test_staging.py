@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from modeling_t5gemma.conversion import staging
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io import staging
 
 # Children fork from a server that has imported everything but run nothing, so that a kill costs a fork.
 SERVER = multiprocessing.get_context("forkserver")

@@ -17,6 +17,7 @@ from modeling_t5gemma.conversion.options import ConversionOptions
 from modeling_t5gemma.conversion.verification import Verification, measure, verify_checkpoint
 from modeling_t5gemma.errors import UserError
 from tests.conversion.tiny import write_gguf
+from tests.selections import pairwise
 from tests.warm import WARM_PYTHON
 
 FAMILIES = ["gemma", "gemma2", "gemma3"]
@@ -153,24 +154,22 @@ def swap(first: str, second: str) -> Callable[[Tensors], None]:
     return change
 
 
-@pytest.mark.parametrize(
-    "family, cross_attention", [("gemma", "layerwise"), ("gemma2", "copy"), ("gemma3", "layerwise")]
-)
-@pytest.mark.parametrize(
-    "change, failing",
-    [
-        (swap("encoder.layers.0.", "encoder.layers.1."), ENCODER),
-        (swap("decoder.layers.2.", "decoder.layers.3."), DECODER),
-        (scale("model.encoder.norm.weight"), ENCODER),
-        (scale("model.decoder.layers.1.pre_feedforward_layernorm.weight"), DECODER),
-        (scale("model.decoder.embed_tokens.weight"), DECODER),
-        (swap("encoder.layers.0.mlp.gate_proj", "encoder.layers.0.mlp.up_proj"), ENCODER),
-    ],
-    ids=["encoder layers", "decoder layers", "final norm", "one norm", "embedding", "gate and up"],
-)
-def test_wrong_weights_fail(family, cross_attention, change, failing, sources, convert):
+WRONG = {
+    "encoder layers": (swap("encoder.layers.0.", "encoder.layers.1."), ENCODER),
+    "decoder layers": (swap("decoder.layers.2.", "decoder.layers.3."), DECODER),
+    "final norm": (scale("model.encoder.norm.weight"), ENCODER),
+    "one norm": (scale("model.decoder.layers.1.pre_feedforward_layernorm.weight"), DECODER),
+    "embedding": (scale("model.decoder.embed_tokens.weight"), DECODER),
+    "gate and up": (swap("encoder.layers.0.mlp.gate_proj", "encoder.layers.0.mlp.up_proj"), ENCODER),
+}
+CROSS_ATTENTION = {"gemma": "layerwise", "gemma2": "copy", "gemma3": "layerwise"}
+
+
+@pytest.mark.parametrize(("wrong", "family"), pairwise(WRONG, CROSS_ATTENTION, together=1))
+def test_wrong_weights_fail(wrong, family, sources, convert):
+    change, failing = WRONG[wrong]
     source = sources(family)
-    converted = convert(source, cross_attention=cross_attention)
+    converted = convert(source, cross_attention=CROSS_ATTENTION[family])
     spoil_weights(converted, change)
     assert verdicts(measure(source, converted))[failing] is False
     with pytest.raises(UserError, match="differs by"):

@@ -29,6 +29,7 @@ PLAIN = dict(
 MODELS = {
     "separate": lambda: tiny.t5gemma(dict(tiny.BALANCED, sliding_window=6), dict(tiny.NARROW, sliding_window=5)),
     "layerwise": lambda: tiny.layerwise(tiny.gemma3()),
+    "layerwise, ends early": lambda: tiny.layerwise(tiny.gemma3(), cross_attention_map=[0, 1, None, None]),
     "gemma3": tiny.gemma3,
     "gemma": lambda: from_config(GemmaConfig(**PLAIN)),
     "llama": lambda: from_config(LlamaConfig(**{**PLAIN, "head_dim": None}, tie_word_embeddings=False)),
@@ -87,11 +88,10 @@ def test_pairs_are_those_of_the_mask(tokens, window, bidirectional):
 
 @given(st.integers(1, 12), st.integers(1, 12), st.one_of(st.none(), st.integers(1, 15)))
 def test_layerwise_pairs_are_those_of_the_mask(source, target, window):
-    stack = accounting.Stack(1, 1, 1, 1, 1, 1, (window,), (False,))
     queries, keys = source + torch.arange(target)[None], torch.arange(source)[None]
     visible = AttentionPattern(queries, keys, True, window).visible()
     seen = source * target if visible is None else int(visible.sum())
-    assert accounting._joined_pairs(stack, source, target) == seen
+    assert accounting._joined_pairs(source, target, window) == seen
 
 
 def test_seen_keys_are_fewer_than_dense_ones():

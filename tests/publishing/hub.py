@@ -37,8 +37,8 @@ def git_oid(data: bytes) -> str:
 class Hub(ThreadingHTTPServer):
     """Serves from a thread of its own until ``shutdown``."""
 
-    def __init__(self, port: int = 0, keeps: bool = True) -> None:
-        super().__init__(("127.0.0.1", port), _Handler)
+    def __init__(self, port: int = 0, keeps: bool = True, handler: type[BaseHTTPRequestHandler] | None = None) -> None:
+        super().__init__(("127.0.0.1", port), handler or Handler)
         self.keeps = keeps
         self.repositories: dict[str, Stored] = {}
         self.blobs: dict[str, bytes] = {}
@@ -52,7 +52,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     server: Hub
     protocol_version = "HTTP/1.1"
 
@@ -60,7 +60,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, status: int, body: object = None, **headers: str) -> None:
-        data = json.dumps({} if body is None else body).encode()
+        data = body if isinstance(body, bytes) else json.dumps({} if body is None else body).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)

@@ -110,8 +110,9 @@ def test_kill_and_go_on(tmp_path: Path, tokenizer: str):
         if (output / "progress.json").exists():
             finished = len(json.loads((output / "progress.json").read_text())["shards"])
         time.sleep(0.005)
-    helpers = descendants(int(process.stdout.readline()))
-    process.send_signal(signal.SIGKILL)
+    program = int(process.stdout.readline())
+    helpers = descendants(program)
+    os.kill(program, signal.SIGKILL)
     process.wait()
     assert finished >= 2 and not (output / "index.json").exists()
     with pytest.raises(UserError, match="goes on where it was stopped"):

@@ -5,7 +5,8 @@ or ``-c code`` with the arguments, environment, folder and streams that it is gi
 sent. It is a fork of a server, which the first such process has filled: a fresh interpreter spends five to ten seconds
 of CPU time on its imports, a fork a tenth of one. What modules read while they are imported (``HF_ENDPOINT``) is the
 server's: a test that sets such a thing, or that is about imports, takes ``sys.executable``. Processes that
-``multiprocessing`` starts, in a test or below one, are of this kind.
+``multiprocessing`` starts, in a test or below one, are of this kind. SIGKILL ends the stand-in at once and the program
+a moment later: who needs its end reads its output to the end, or kills the program itself, by the id that it prints.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from modeling_t5gemma.errors import UserError
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_ROOM_SAID = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing file")
 _NOT_HERE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -37,14 +38,17 @@ def staged(output: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
         UserError: ``output`` exists (or with ``overwrite`` is no checkpoint), the disk is full, or the place cannot be
             written to.
     """
-    output = output.expanduser().resolve()
+    output = place_of(output)
     check_output(output, overwrite=overwrite)
     missing = [folder for folder in output.parents if not folder.exists()]
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(output)
-        _check_room(output, needed)
-        folder, lock = _make_partial(output)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(output)
+            _check_room(output, needed)
+            folder, lock = _make_partial(output)
+        except OSError as error:
+            raise UserError(f"{output} cannot be written ({error.strerror}). Choose another --output.") from error
         try:
             yield folder
             _flush(folder)
@@ -58,7 +62,7 @@ def staged(output: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
                 parent.rmdir()
             except OSError:
                 break
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        if is_full(error):
             raise UserError(
                 f"No room left for {output}: {_gigabytes(needed)} are needed. Free space or choose another --output."
             ) from error
@@ -67,17 +71,44 @@ def staged(output: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
         raise
 
 
+def place_of(given: Path, option: str = "--output") -> Path:
+    """Where a path leads that a user gave for a result: ``~`` and links followed; nothing need be there yet.
+
+    Raises:
+        UserError: nothing can be there: the name is too long or not in this system's encoding, its links go round,
+            there is no such user.
+    """
+    shown = os.fsencode(given).decode(errors="replace")
+    try:
+        str(given).encode()  # or it could not be printed or written into a record when the work is done
+        place = given.expanduser().resolve()
+        os.path.lexists(place)
+        place.exists()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{option} {shown} is not in this system's encoding. Choose another name.") from error
+    except (OSError, RuntimeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{option} {shown} can be no file or folder ({why}). Choose another.") from error
+    return place
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that the disk is full: safetensors and torch have kinds of their own for it."""
+    no_room = isinstance(error, OSError) and error.errno in _NO_ROOM
+    return no_room or any(words in str(error) for words in _NO_ROOM_SAID)
+
+
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Refuse an output that is in the way.
 
     Raises:
         UserError: it exists and is not to be replaced, or is not a checkpoint and so may hold anything.
     """
-    if not output.exists():
+    if not place_of(output).exists():
         return
     if not overwrite:
         raise UserError(f"{output} exists. Choose another --output, or give --overwrite to replace it.")
-    if not (output / "config.json").is_file():
+    if not (place_of(output) / "config.json").is_file():
         raise UserError(f"{output} is not a checkpoint, so --overwrite leaves it alone. Remove it yourself.")
 
 
@@ -90,7 +121,7 @@ def check_apart(output: Path, sources: Iterable[Path]) -> None:
     Raises:
         UserError: it is one of the sources, or holds it.
     """
-    output = output.expanduser().resolve()
+    output = place_of(output)
     for source in sources:
         found = source.expanduser().resolve()
         if found.exists() and (output == found or output in found.parents):
