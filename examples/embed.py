@@ -37,8 +37,8 @@ from modeling_t5gemma.cli import run
 from modeling_t5gemma.embeddings import sentence_transformer
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.post_training.records import load_records, require_columns
-from modeling_t5gemma.training.claims import keep_apart
 from modeling_t5gemma.training.papers import copy_papers
+from modeling_t5gemma.training.run_folder import keep_apart
 from modeling_t5gemma.training.script import instantiate, on_this_machine
 
 SHOWN = ("accuracy@1", "accuracy@10", "mrr@10", "ndcg@10")

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from modeling_t5gemma.conversion.averaging import average
 from modeling_t5gemma.errors import UserError
-from modeling_t5gemma.training.checkpoints import complete_checkpoints
+from modeling_t5gemma.training.checkpoints import complete_checkpoints, read_state
 from modeling_t5gemma.training.papers import papers_of_run
 
 
@@ -45,6 +45,8 @@ def _last_of(folders: list[Path], count: int) -> list[Path]:
             f"--last {count} of {folders[0]}, which has {len(found)} complete checkpoints: give from 2 to that many "
             "(save_total_limit in the training settings says how many are kept)."
         )
+    for checkpoint in found[-count:]:
+        read_state(checkpoint)  # refuses a damaged one
     return found[-count:]
 
 

@@ -17,7 +17,7 @@ from modeling_t5gemma.inference.loading import DTYPES, Checkpoint, load_checkpoi
 from modeling_t5gemma.inference.prompts import Prompts, longest_prompt
 from modeling_t5gemma.inference.sampling import ends_of, generation_config, pad_token
 from modeling_t5gemma.objectives import SENTINELS_FILE, load_sentinels, sentinels_of
-from modeling_t5gemma.training.claims import RUN_FILE
+from modeling_t5gemma.training.run_folder import RUN_FILE
 
 
 def fill(

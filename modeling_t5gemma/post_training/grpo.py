@@ -127,14 +127,6 @@ class GrpoTrainer(TunedTrainer):
 
     # Steps
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        if resume_from_checkpoint is True:
-            last = self._last()
-            resume_from_checkpoint = None if last is None else str(last)
-        if resume_from_checkpoint:
-            self._load_kept(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, **kwargs)
-
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[MicroBatch], torch.Tensor]:
@@ -312,7 +304,7 @@ class GrpoTrainer(TunedTrainer):
             rest = [{name: batch[name] for name in ("slot", "position", "where")} for batch in self._kept]
             save_file(tensors, checkpoint / self._kept_name(), {"rest": json.dumps(rest)})
 
-    def _load_kept(self, checkpoint: Path) -> None:
+    def read_from_checkpoint(self, checkpoint: Path) -> None:
         if step_of(checkpoint) % self.settings.num_iterations == 0:
             return
         file = checkpoint / self._kept_name()

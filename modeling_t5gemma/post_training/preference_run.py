@@ -14,9 +14,9 @@ from transformers import Seq2SeqTrainingArguments as TrainingArguments
 from ..collators import Layout
 from ..errors import UserError
 from ..text.rules import with_rule
-from ..training.claims import claim, describe
 from ..training.examples import steps_of
 from ..training.loading import layout_of, load_student
+from ..training.run_folder import claim, describe
 from ..training.tokenizing import load_tokenizer, vocabulary_of
 from .adapters import add_adapter
 from .dpo import DpoTrainer

@@ -16,10 +16,10 @@ from transformers import Seq2SeqTrainingArguments as TrainingArguments
 from ..collators import Layout
 from ..errors import UserError
 from ..text.rules import with_rule
-from ..training.claims import claim, describe
 from ..training.examples import ShuffledExamples, rows_of_an_epoch, steps_of
 from ..training.loading import layout_of, load_model, load_teacher
 from ..training.rows import Rows
+from ..training.run_folder import claim, describe
 from ..training.tokenizing import load_tokenizer
 from ..training.trainer import Recipe
 from .adapters import add_adapter

@@ -18,8 +18,8 @@ from ..conversion.family import Legal
 from ..errors import UserError
 from ..io import hub
 from ..io.text_files import read_json
-from ..training.claims import RUN_FILE
 from ..training.papers import local_path, run_of
+from ..training.run_folder import RUN_FILE
 from ..training.teacher_cache import INDEX as TEACHER_CACHE_INDEX
 from .settings import Publication, is_repository
 

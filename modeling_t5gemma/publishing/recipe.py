@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..io.text_files import read_json
-from ..training.claims import RUN_FILE
+from ..training.run_folder import RUN_FILE
 from .results import Result
 from .settings import on_hub
 

@@ -25,7 +25,7 @@ from transformers import Seq2SeqTrainingArguments as TrainingArguments
 from ..errors import UserError
 from ..training.checkpoints import complete_checkpoints, find
 from ..training.examples import steps_of
-from ..training.resumable import NonFiniteLoss
+from ..training.resumable import Diverged
 from .data import Example, encode, has_test_split, read_cases
 from .models import Checkpoint
 from .search import Setting, check_space, search
@@ -146,7 +146,7 @@ class _TaskRun:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if self.writes:
             # Only now: a kill before the result finds them.
-            for checkpoint in [*complete_checkpoints(folder), *find(folder).incomplete]:
+            for checkpoint in [*complete_checkpoints(folder), *find(folder).cut_short]:
                 shutil.rmtree(checkpoint)
             write(self.folder / "trials.csv", _table(self.folder))
         return result
@@ -157,7 +157,7 @@ class _TaskRun:
         result: dict[str, Any] = {"setting": asdict(setting), "seed": seed, "steps": trainer.args.max_steps}
         try:
             self._finish(trainer)
-        except NonFiniteLoss as error:
+        except Diverged as error:
             result["failed"] = str(error)
         else:
             for split in ("val", "test"):

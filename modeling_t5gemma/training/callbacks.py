@@ -22,7 +22,7 @@ class CompleteCheckpoints(TrainerCallback):
     Args:
         keep: how many stay; None for all.
         everyone: waits for all ranks.
-        state: what a complete checkpoint knows beside what the Trainer saves.
+        state: what a complete checkpoint knows beside what the Trainer saves; asked on every rank.
         add: saves, on every rank, what it needs beside that.
     """
 
@@ -42,11 +42,12 @@ class CompleteCheckpoints(TrainerCallback):
         output = Path(args.output_dir)
         checkpoint = output / f"checkpoint-{state.global_step}"
         self.add(checkpoint)
+        to_resume = self.state()
         self.everyone()
         if state.is_world_process_zero:
             if (output / SENTINELS_FILE).exists():
                 shutil.copyfile(output / SENTINELS_FILE, checkpoint / SENTINELS_FILE)
-            complete(checkpoint, self.state())
+            complete(checkpoint, to_resume)
             keep_last(output, self.keep)
 
 

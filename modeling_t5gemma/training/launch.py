@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .checkpoints import find, read_state, step_of
-from .resumable import NonFiniteLoss, ResumableTrainer
+from .resumable import Diverged, ResumableTrainer
 
 
 def train(trainer: ResumableTrainer, resume: str) -> None:
@@ -29,14 +29,11 @@ def train(trainer: ResumableTrainer, resume: str) -> None:
             "--resume out to go on from there, give training.output_dir another folder, or remove the later "
             "checkpoints."
         )
-    if trainer.is_world_process_zero():
-        for folder in found.incomplete:
-            print(f"{folder} was cut short while it was written, and is left out.", file=sys.stderr)
-        if resume == "auto" and found.last is not None:
-            print(f"Going on from {found.last}.", file=sys.stderr)
+    if trainer.is_world_process_zero() and resume == "auto" and found.last is not None:
+        print(f"Going on from {found.last}.", file=sys.stderr)
     try:
         trainer.train(resume_from_checkpoint={"auto": True, "never": None}.get(resume, resume))
-    except NonFiniteLoss as error:
+    except Diverged as error:
         if (last := find(output).last) is None:
             raise
         raise UserError(

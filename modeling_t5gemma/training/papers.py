@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from .claims import RUN_FILE
+from .run_folder import RUN_FILE
 
 # What a checkpoint says about its licence.
 LEGAL = ("NOTICE*", "LICENSE*", "*TERMS*")

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -24,14 +28,14 @@ from transformers import (
 from ..errors import UserError
 from ..losses import IGNORED
 from .callbacks import CompleteCheckpoints, EndOnError, EndOnSignal, Progress, RatesOfSettings
-from .checkpoints import find, read_state, step_of
+from .checkpoints import find, read_state, step_of, tidy
 from .curves import Curves, Panel
 from .meter import Meter
 from .rows import Rows
 
 
-class NonFiniteLoss(UserError):
-    """A loss became infinite or not a number."""
+class Diverged(UserError):
+    """A loss or a weight became infinite or not a number."""
 
 
 class Batches:
@@ -86,6 +90,8 @@ class ResumableTrainer(Seq2SeqTrainer):
         processing_class: Any = None,
     ) -> None:
         _check(args)
+        if args.hub_token:  # every checkpoint has a file with the arguments
+            os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
         args.ignore_data_skip = True
         args.logging_nan_inf_filter = False
         args.remove_unused_columns = False
@@ -100,6 +106,8 @@ class ResumableTrainer(Seq2SeqTrainer):
         self.describe = describe or {}
         self._batches = batches
         self._position = 0
+        self._begun = 0  # the step that this process went on from
+        self._sum = 0.0  # of this rank's losses, over all steps of the run
         self._where: list[str] = []
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
         self.meter = Meter(model, teacher, dtype)
@@ -113,7 +121,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         for callback in (
             self._progress,
             CompleteCheckpoints(
-                keep, self.accelerator.wait_for_everyone, lambda: {"position": self._position}, self.add_to_checkpoint
+                keep, self.accelerator.wait_for_everyone, self._state_to_resume, self.add_to_checkpoint
             ),
             RatesOfSettings(lambda: self._rates),
             self.signals,
@@ -144,6 +152,9 @@ class ResumableTrainer(Seq2SeqTrainer):
     def add_to_checkpoint(self, checkpoint: Path) -> None:
         """Save, on every rank, what a checkpoint needs beside what the Trainer saves."""
 
+    def read_from_checkpoint(self, checkpoint: Path) -> None:
+        """Load, on every rank, what ``add_to_checkpoint`` has saved."""
+
     def end_for(self, error: UserError) -> None:
         """End the run for an error between two steps, with the steps done so far saved. Called on all ranks. ``train``
         raises the error, saying what is saved; until then, the caller returns as if there was no more to do.
@@ -169,18 +180,32 @@ class ResumableTrainer(Seq2SeqTrainer):
     # The Trainer's
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As the Trainer's; True goes on from the last complete checkpoint, if there is one.
+        """As the Trainer's; True goes on from the last whole checkpoint, if there is one. Those that cannot be gone on
+        from are put out of the way first.
 
         Raises:
-            UserError: the named checkpoint is not complete, there is no room for a new one, or the run was ended for
-                an error (``end_for``).
-            NonFiniteLoss: with the step, the samples and the last good checkpoint.
+            UserError: the named checkpoint is not whole or none of those that are there is, there is no room for a new
+                one, or the run was ended for an error (``end_for``).
+            Diverged: with the step, the samples and the last good checkpoint.
         """
+        output = Path(self.args.output_dir)
+        found = find(output)
         if resume_from_checkpoint is True:
-            last = self._last()
-            resume_from_checkpoint = None if last is None else str(last)
+            if found.last is None and found.damaged:
+                first = next(iter(found.damaged.values()))
+                raise UserError(f"{first} There is no other to go on from: remove the folder {output} to begin anew.")
+            resume_from_checkpoint = None if found.last is None else str(found.last)
         if resume_from_checkpoint:
-            self._position = int(read_state(Path(resume_from_checkpoint))["position"])
+            checkpoint = Path(resume_from_checkpoint)
+            state = read_state(checkpoint)
+            self._position, self._sum = int(state["position"]), float(state["sum_of_losses"])
+            self._begun = step_of(checkpoint)
+            self.read_from_checkpoint(checkpoint)
+        self.accelerator.wait_for_everyone()  # all have looked
+        if self.is_world_process_zero():
+            for line in tidy(found):
+                print(line, file=sys.stderr)
+        self.accelerator.wait_for_everyone()
         self._failure.error = None
         try:
             result = super().train(resume_from_checkpoint or None, **kwargs)
@@ -196,7 +221,20 @@ class ResumableTrainer(Seq2SeqTrainer):
             self._progress.close()
         if self._failure.error is not None:
             raise self._with_way_on(self._failure.error)
-        return result
+        return result._replace(training_loss=result.metrics["train_loss"])
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's.
+
+        Raises:
+            Diverged: a weight is not finite, as an update can make it whose loss was.
+        """
+        if self._any_rank(not _all_finite(self.model)):
+            raise Diverged(
+                f"After step {self.state.global_step}, weights are infinite or no numbers. {self._last_good()} Lower "
+                "the learning rate."
+            )
+        super().save_model(output_dir, _internal_call)
 
     def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, but one epoch, as rows don't end: where every step was done before a kill, the next epoch
@@ -239,19 +277,31 @@ class ResumableTrainer(Seq2SeqTrainer):
     ) -> torch.Tensor:
         position, self._where = inputs.pop("position"), inputs.pop("where")
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if self._any_rank(not bool(torch.isfinite(loss))):
-            self._stop_for(loss)
+        value = loss.item()
+        if self._any_rank(not math.isfinite(value)):
+            raise Diverged(
+                f"The loss of step {self.state.global_step + 1} is {value} on the examples "
+                f"{', '.join(self._where[:16])}. {self._last_good()} Look at these examples, or lower the learning "
+                "rate."
+            )
+        self._sum += value
         self._position = position
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._parts:
-            steps = max(1, self.state.global_step - self._last_logged())
+            steps = max(1, self.state.global_step - max(self._begun, self._last_logged()))
             for name, value in self._parts.items():
                 logs[name] = float(torch.as_tensor(self.accelerator.reduce(value, reduction="sum"))) / steps
             self._parts = {}
         if "loss" in logs:
             logs |= self.meter.read(self.accelerator.num_processes)
+        if "train_loss" in logs:
+            # The Trainer's are of the steps since a resume by all steps, and the other way round.
+            done = self.state.global_step - self._begun
+            logs["train_loss"] = self._mean_over_ranks(self._sum) / max(1, self.state.global_step)
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                logs[name] *= done / self.args.max_steps
         super().log(logs, start_time)
 
     def _any_rank(self, flag: bool) -> bool:
@@ -260,12 +310,18 @@ class ResumableTrainer(Seq2SeqTrainer):
         total = self.accelerator.reduce(torch.tensor(int(flag), device=self.args.device), reduction="sum")
         return bool(torch.as_tensor(total) > 0)
 
-    def _stop_for(self, loss: torch.Tensor) -> None:
-        raise NonFiniteLoss(
-            f"The loss of step {self.state.global_step + 1} is {loss.item()} on the examples "
-            f"{', '.join(self._where[:16])}. The last good checkpoint: {self._last() or 'none yet'}. Look at these "
-            "examples, or lower the learning rate."
-        )
+    def _last_good(self) -> str:
+        return f"The last good checkpoint: {self._last() or 'none yet'}."
+
+    def _state_to_resume(self) -> dict[str, Any]:
+        """Asked on all ranks."""
+        return {"position": self._position, "sum_of_losses": self._mean_over_ranks(self._sum)}
+
+    def _mean_over_ranks(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        here = torch.tensor(value, dtype=torch.float32, device=self.args.device)
+        return float(torch.as_tensor(self.accelerator.reduce(here, reduction="mean")))
 
     def _saved(self) -> bool:
         """Whether there is nothing that a checkpoint would add to the last one. Asked on all ranks."""
@@ -289,6 +345,17 @@ class ResumableTrainer(Seq2SeqTrainer):
 
     def _last_logged(self) -> int:
         return max((int(entry["step"]) for entry in self.state.log_history if "loss" in entry), default=0)
+
+
+def _all_finite(model: torch.nn.Module) -> bool:
+    """Whether all trained weights are, of a sharded model this rank's."""
+    sums = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            here = parameter.detach()
+            here = here.to_local() if isinstance(here, DTensor) else here
+            sums.append(here.sum(dtype=torch.float32))
+    return bool(torch.stack(sums).isfinite().all())
 
 
 def _is_full(error: Exception) -> bool:

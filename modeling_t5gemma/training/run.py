@@ -14,11 +14,11 @@ from ..errors import UserError
 from ..io.tensors import check_finite_model
 from ..objectives import Objective, check_window, load_sentinels, save_sentinels, schedule_from, sentinels_of
 from ..text.rules import with_rule
-from .claims import claim, describe
 from .loading import layout_of, load_student, load_teacher
 from .papers import copy_papers
 from .resumable import ResumableTrainer
 from .rows import Rows
+from .run_folder import claim, describe
 from .settings import AdaptSettings, DataSettings
 from .teacher import Distillation
 from .text import samples_of

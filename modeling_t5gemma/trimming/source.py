@@ -15,8 +15,8 @@ from ..io.safetensors_files import read_headers
 from ..io.tensors import StoredTensor
 from ..io.text_files import read_json
 from ..objectives import SENTINELS_FILE, load_sentinels
-from ..training.claims import RUN_FILE
 from ..training.papers import papers_of_run
+from ..training.run_folder import RUN_FILE
 from ..training.sources import TextSource
 from ..training.tokenizing import load_tokenizer
 from .byte_pairs import BytePairs

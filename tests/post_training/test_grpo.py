@@ -11,6 +11,7 @@ import torch
 
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.losses import IGNORED
+from modeling_t5gemma.post_training.grpo import GrpoTrainer
 from modeling_t5gemma.post_training.policy import advantages, policy_terms, token_weights
 from modeling_t5gemma.post_training.preferences import Prompt
 from modeling_t5gemma.post_training.rollouts import Sampling, sample
@@ -256,14 +257,15 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path, iteratio
     assert len(set(log_of(whole, "reward"))) > 1
 
 
-def test_between_two_steps_on_the_same_answers_they_are_part_of_the_checkpoint(tmp_path):
+def test_between_two_steps_on_the_same_answers_they_are_part_of_the_checkpoint(tmp_path, monkeypatch):
     trainer = make(tmp_path, steps=3, num_iterations=2, training=SAVES)
     trainer.train()
     kept = [len(list((tmp_path / f"checkpoint-{n}").glob("rollouts-*"))) for n in (1, 2, 3)]
     assert kept == [1, 0, 1]
-    (tmp_path / "checkpoint-3" / "rollouts-0.safetensors").unlink()
-    with pytest.raises(UserError, match=r"checkpoint-3 lies between two steps on the same answers .* multiple of"):
-        make(tmp_path, steps=4, num_iterations=2).train(resume_from_checkpoint=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(GrpoTrainer, "_kept_name", lambda self: "rollouts-1.safetensors")  # of another process
+        with pytest.raises(UserError, match=r"checkpoint-3 lies between two steps on the same answers .* multiple of"):
+            make(tmp_path, steps=4, num_iterations=2).train(resume_from_checkpoint=True)
     with pytest.raises(UserError, match="answers for 1 micro-batches and a step has 3"):
         make(tmp_path, steps=4, num_iterations=2, batch=1, training={"gradient_accumulation_steps": 3}).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-1")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import signal
 
+import numpy as np
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from modeling_t5gemma import cli
 from modeling_t5gemma.errors import UserError
-from modeling_t5gemma.training.checkpoints import COMPLETE_FILE, find
+from modeling_t5gemma.training.checkpoints import COMPLETE_FILE, complete, find
 from modeling_t5gemma.training.launch import train
-from tests.training.test_trainer import make
+from tests.training.test_trainer import losses, make
 
 
 class Rates(TrainerCallback):
@@ -26,7 +27,9 @@ class Rates(TrainerCallback):
 
 
 def test_a_run_begins_where_it_is_told(tmp_path):
-    train(make(tmp_path / "whole", steps=4), "never")
+    whole = make(tmp_path / "whole", steps=4)
+    train(whole, "never")
+    assert closing_loss(whole) == np.mean(losses(whole))
     assert find(tmp_path / "whole").last.name == "checkpoint-4"
     half, last = tmp_path / "whole" / "checkpoint-2", tmp_path / "whole" / "checkpoint-4"
     again = make(tmp_path / "again", steps=4)
@@ -34,15 +37,23 @@ def test_a_run_begins_where_it_is_told(tmp_path):
     assert [folder.name for folder in (tmp_path / "again").glob("checkpoint-*")] == ["checkpoint-4"]
     weights = [(folder / "model.safetensors").read_bytes() for folder in (last, tmp_path / "again" / "checkpoint-4")]
     assert weights[0] == weights[1]
+    assert closing_loss(again) == closing_loss(whole)
+
+
+def closing_loss(trainer) -> float:
+    """The mean over all steps of a run, which is told at its end."""
+    return pytest.approx(trainer.state.log_history[-1]["train_loss"])
 
 
 def test_what_is_over_is_not_trained_on(tmp_path):
     """Killed behind its last step, or started once more."""
-    train(make(tmp_path, steps=4), "auto")
+    first = make(tmp_path, steps=4)
+    train(first, "auto")
     weights = (tmp_path / "checkpoint-4" / "model.safetensors").read_bytes()
     again = make(tmp_path, steps=4)
     train(again, "auto")
     again.save_model()
+    assert closing_loss(again) == closing_loss(first)
     assert again.state.global_step == 4 and (tmp_path / "model.safetensors").read_bytes() == weights
     assert find(tmp_path).last.name == "checkpoint-4"
 
@@ -65,7 +76,7 @@ def test_an_optimizer_that_is_not_installed_is_told(tmp_path, monkeypatch):
 def test_beginning_before_what_is_there_is_refused(resume, words, tmp_path):
     train(make(tmp_path, steps=4), "auto")
     (tmp_path / "renamed").mkdir()
-    (tmp_path / "renamed" / COMPLETE_FILE).write_text('{"position": 0}')
+    complete(tmp_path / "renamed", {"position": 0, "sum_of_losses": 0.0})
     with pytest.raises(UserError, match=words):
         train(make(tmp_path, steps=4), resume.format(run=tmp_path))
     assert find(tmp_path).last.name == "checkpoint-4" and (tmp_path / "checkpoint-2" / COMPLETE_FILE).exists()

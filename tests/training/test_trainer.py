@@ -19,7 +19,7 @@ from modeling_t5gemma.training.checkpoints import COMPLETE_FILE, complete, compl
 from modeling_t5gemma.training.documents import MemoryDocuments, Pieces
 from modeling_t5gemma.training.held_out import Remaining
 from modeling_t5gemma.training.mixture import Samples, Source
-from modeling_t5gemma.training.resumable import NonFiniteLoss
+from modeling_t5gemma.training.resumable import Diverged
 from modeling_t5gemma.training.rows import Rows
 from modeling_t5gemma.training.teacher import Distillation, Teacher
 from modeling_t5gemma.training.trainer import AdaptationTrainer, Recipe
@@ -263,7 +263,7 @@ def test_half_a_checkpoint_is_not_resumed_from(tmp_path):
     trainer.train()
     (tmp_path / "checkpoint-4" / COMPLETE_FILE).unlink()
     found = find(tmp_path)
-    assert found.last.name == "checkpoint-2" and [path.name for path in found.incomplete] == ["checkpoint-4"]
+    assert found.last.name == "checkpoint-2" and [path.name for path in found.cut_short] == ["checkpoint-4"]
     with pytest.raises(UserError, match="cut short"):
         make(tmp_path, steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     again = make(tmp_path, steps=4)
@@ -297,7 +297,7 @@ def test_a_loss_that_is_not_finite_names_step_examples_and_checkpoint(tmp_path):
             trainer.model.model.decoder.norm.weight.fill_(float("nan"))
 
     trainer.add_callback(_AtStep(3, poison))
-    with pytest.raises(NonFiniteLoss, match=r"step 4 .* text:\d+@\d+.*checkpoint-2"):
+    with pytest.raises(Diverged, match=r"step 4 .* text:\d+@\d+.*checkpoint-2"):
         trainer.train()
     assert find(tmp_path).last.name == "checkpoint-2"
 
