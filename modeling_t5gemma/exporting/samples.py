@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import UserError
 from ..inference.loading import Checkpoint
 from ..inference.prompts import Prompts, longest_prompt
+from ..io.text_files import read_text
 from ..text.rules import source_ids
 
 NEW_TOKENS = 32
@@ -56,10 +57,7 @@ def read_texts(path: Path) -> list[str]:
     Raises:
         UserError: there is no such file, or nothing in it.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--texts {path} cannot be read as text ({error}). Give a file with a text a line.") from error
+    lines = read_text(path, "--texts takes a file with a text a line.").split("\n")
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise UserError(f"--texts {path} has no text. Give a file with a text a line.")

@@ -49,11 +49,13 @@ def read_records(lines: Iterable[bytes], name: str, *, of_json: bool, chat: bool
     for number, line in enumerate(lines, 1):
         where = f"{name}, line {number},"
         try:
-            text = line.decode("utf-8").rstrip("\r\n")
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{where} is not UTF-8 ({error.reason} at byte {error.start}). Convert the file."
             ) from error
+        if "\0" in text:
+            raise UserError(f"{where} has a NUL character: it is damaged, or UTF-16. Convert the file to UTF-8.")
         if not text.strip():
             raise UserError(f"{where} is empty. Remove it: each line gets an answer.")
         row = _row(text, where) if of_json else None
@@ -107,7 +109,10 @@ class Encoder:
 def _row(text: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
-    except ValueError as error:
+        json.dumps(row, ensure_ascii=False).encode()  # as the answer will be
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
+        raise UserError(f"{where} is not Unicode (a lone surrogate). Correct it.") from error
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON ({error}).") from error
     if not isinstance(row, dict):
         raise UserError(f"{where} is a {type(row).__name__}, not an object with columns.")

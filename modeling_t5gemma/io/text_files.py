@@ -1,4 +1,4 @@
-"""Small text files of a checkpoint or a run, whoever wrote them."""
+"""Text files, whoever wrote them."""
 
 from __future__ import annotations
 
@@ -12,23 +12,36 @@ from ..errors import UserError
 # The largest of a checkpoint's text files are its tokenizer's: Gemma 3's has 33 MB.
 _LARGEST = 256 << 20
 _DEEPEST = 64
+_AGAIN = "Download it again."
 
 
-def read_text(path: Path) -> str:
-    """The text of a regular file, UTF-8 with or without a byte order mark.
+def decode(content: bytes) -> str:
+    """UTF-8 without its byte order mark; lines end in \\n, whatever system wrote them.
+
+    Raises:
+        UnicodeDecodeError: it is something else.
+    """
+    return content.decode("utf-8-sig").replace("\r\n", "\n")
+
+
+def read_text(path: Path, remedy: str = _AGAIN) -> str:
+    """The text of a regular file, as of ``decode``.
+
+    Args:
+        remedy: what to do about a file that is none, for the message.
 
     Raises:
         UserError: it is missing, no regular file (nothing is read of a pipe or a device), too large, or not UTF-8.
     """
-    check_regular(path)
+    check_regular(path, remedy)
     try:
         with path.open("rb") as file:
             content = file.read(_LARGEST + 1)
         if len(content) > _LARGEST:
-            raise UserError(f"{path} has more than {_LARGEST >> 20} MB, which is no such file. Download it again.")
-        return content.decode("utf-8-sig")
+            raise UserError(f"{path} has more than {_LARGEST >> 20} MB, which is no such file. {remedy}")
+        return decode(content)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as text ({error}). Download it again.") from error
+        raise UserError(f"{path} cannot be read as text ({error}). {remedy}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,8 +63,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: Path, remedy: str = _AGAIN) -> None:
     """Make sure that a path leads to a regular file.
+
+    Args:
+        remedy: as of ``read_text``.
 
     Raises:
         UserError: it is missing, a folder, a pipe or a device, or its name is none.
@@ -59,8 +75,9 @@ def check_regular(path: Path) -> None:
     if os.path.isfile(path):  # False too where Path.is_file() raises: names too long, loops of links
         return
     if os.path.lexists(path):
-        raise UserError(f"{path} is no regular file. Download it again.")
-    raise UserError(f"{path} is missing. Give a folder that holds a whole checkpoint.")
+        raise UserError(f"{path} is no regular file. {remedy}")
+    remedy = "Give a folder that holds a whole checkpoint." if remedy == _AGAIN else remedy
+    raise UserError(f"{path} is missing. {remedy}")
 
 
 def check_own(path: Path) -> None:

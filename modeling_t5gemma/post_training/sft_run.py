@@ -15,6 +15,7 @@ from transformers import Seq2SeqTrainingArguments as TrainingArguments
 
 from ..collators import Layout
 from ..errors import UserError
+from ..io.text_files import read_text
 from ..text.rules import with_rule
 from ..training.examples import ShuffledExamples, rows_of_an_epoch, steps_of
 from ..training.loading import layout_of, load_model, load_teacher
@@ -95,8 +96,8 @@ def read_template(file: str) -> str:
         UserError: it cannot be read.
     """
     try:
-        return Path(file).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(Path(file).expanduser(), "Give a file with a template.")
+    except UserError as error:
         raise UserError(f"data.chat_template {file} cannot be read: {error}") from error
 
 

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from ..errors import UserError
+from ..io.text_files import decode
 
 _KINDS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -189,9 +190,11 @@ class TextSource:
             except (ValueError, RecursionError):
                 return BadRecord("not valid JSON", where)
         try:
-            text = content.decode("utf-8-sig")
+            text = decode(content)
         except UnicodeDecodeError:
             return BadRecord("not UTF-8", where)
+        if "\0" in text:
+            return BadRecord("NUL characters (damaged, or UTF-16)", where)
         return self._text(text.rstrip("\n") if self.sample_by != "document" else text, where)
 
     def _row(self, row: Any, where: str) -> Record | BadRecord:

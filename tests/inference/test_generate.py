@@ -12,7 +12,7 @@ from modeling_t5gemma.commands.generate import generate
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.inference.batching import generate_texts
 from modeling_t5gemma.inference.loading import load_checkpoint
-from modeling_t5gemma.inference.records import Record
+from modeling_t5gemma.inference.records import Record, read_records
 from tests.inference.conftest import MAKE, TURN_END
 
 TEXTS = ["the cat", "a", "the man that sat on the mat", "cab", "he is the one"]
@@ -95,6 +95,9 @@ def test_chat_and_messages_are_the_same_question(checkpoints, invoke, tmp_path):
     [
         ("in.txt", b"the cat\n\nthe mat\n", "line 2, is empty"),
         ("in.txt", b"the cat\n  \t\n", "line 2, is empty"),
+        ("in.txt", b"the cat\nt\0h\0e\0\n", "line 2, has a NUL character.*UTF-16"),
+        pytest.param("in.jsonl", b"[" * 100_000, "line 1, is not valid JSON", id="deep"),
+        ("in.jsonl", b'{"prompt": "a\\ud800"}\n', "line 1, is not Unicode"),
         ("in.txt", b"the cat\nthe \xff mat\n", "line 2, is not UTF-8.*byte 4"),
         ("in.txt", b"the cat\n" + b"a " * 300, r"line 2, is \d+ tokens long.*at most 256.*--truncate"),
         ("in.jsonl", b'{"prompt": "a"}\n{"prompt": "a"\n', "line 2, is not valid JSON"),
@@ -129,6 +132,15 @@ def test_a_bad_line_is_named_before_anything_is_generated(
     assert re.search(message, str(result.exception))
     assert name in str(result.exception)
     assert (tmp_path / "out").read_text() == "before"
+
+
+def test_a_file_of_another_system_has_the_same_prompts():
+    plain = ["the cat", "the mat"]
+    for content in ("the cat\nthe mat\n", "\ufeffthe cat\r\nthe mat"):
+        lines = content.encode().splitlines(keepends=True)
+        assert [each.prompt for each in read_records(lines, "in", of_json=False, chat=False)] == plain
+    marked = '\ufeff{"prompt": "the cat"}\n'.encode()
+    assert [each.prompt for each in read_records([marked], "in", of_json=True, chat=False)] == plain[:1]
 
 
 def test_a_bad_line_of_standard_input(checkpoints, invoke, tmp_path):

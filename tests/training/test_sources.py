@@ -101,6 +101,17 @@ def test_bad_records_are_named_and_skipped(tmp_path: Path):
         list(TextSource(str(path)).texts(BadRecords(7)))
 
 
+def test_text_of_another_system(tmp_path: Path):
+    """Windows' line ends are one character, a missing last one is no matter, and NULs are no text."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\nthree")
+    assert texts(TextSource(str(path))) == ["one\ntwo\n\nthree"]
+    assert texts(TextSource(str(path), sample_by="paragraph")) == ["one\ntwo", "three"]
+    assert texts(TextSource(str(path), sample_by="line")) == ["one", "two", "three"]
+    path.write_bytes("one".encode("utf-16-le"))
+    assert [record.reason for record in TextSource(str(path)).read()] == ["NUL characters (damaged, or UTF-16)"]
+
+
 def test_text_that_is_not_utf8(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe")
     assert list(TextSource(str(tmp_path)).read()) == [BadRecord("not UTF-8", str(tmp_path / "a.txt"))]
