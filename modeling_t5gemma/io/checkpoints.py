@@ -158,6 +158,8 @@ def load_tokenizer(folder: Path) -> Any:
     with told(f"The tokenizer of {folder} cannot be loaded", f"Put the model's own {TOKENIZER_FILES[0]} there"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer("text")  # some damage shows at the first word alone
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")  # a template file's byte order mark
     return tokenizer
 
 

@@ -21,7 +21,7 @@ from .rendering import Renderer, Text, UnusableRecord, check_order
 from .settings import ColumnsSettings
 
 # Of what is stored: a change of what records become needs another number, or old tokens are found again.
-_VERSION = 2
+_VERSION = 3
 _NAMED = 5
 _TOO_LONG = "longer than max_source or max_target"
 
@@ -111,6 +111,12 @@ class Encoded:
     report: Report
 
     def examples(self) -> Examples:
+        """All of them.
+
+        Raises:
+            UserError: there are none.
+        """
+        self._check()
         return Examples(self.table, self.kept, self.lengths)
 
     def split(self, count: int) -> tuple[Examples, Examples]:
@@ -119,6 +125,7 @@ class Encoded:
         Raises:
             UserError: nothing would be left.
         """
+        self._check()
         records = np.unique(self.records)
         if not 0 <= count < len(records):
             raise UserError(
@@ -129,6 +136,10 @@ class Encoded:
         held = np.isin(self.records, chosen)
         train, rest = (Examples(self.table, self.kept[each], self.lengths[each]) for each in (~held, held))
         return train, rest
+
+    def _check(self) -> None:
+        if not len(self.kept):
+            raise UserError(f"There are 0 good ones among the records: {self.report}.")
 
 
 def encode_records(
@@ -151,7 +162,7 @@ def encode_records(
         max_bad: unusable records or answers that are skipped; those that are too long don't count.
 
     Raises:
-        UserError: columns are missing, or there are too many bad records, or no good one.
+        UserError: columns are missing, or there are too many bad records.
     """
     columns = _present(records, columns or ColumnsSettings(), name)
     encode = _Encode(renderer, name, columns, turns, longer)
@@ -180,7 +191,7 @@ def encode_records(
     good = np.array([not reason for reason in facts["reason"]], bool)
     report = _report(records, table, facts, good)
     bad = sum(count for reason, count in report.skipped.items() if reason != _TOO_LONG)
-    if bad > max_bad or not good.any():
+    if bad > max_bad:
         raise UserError(
             f"{name} has {bad} bad records or answers, and {good.sum()} good ones ({max_bad} bad ones are let pass, "
             f"max_bad). {report}."

@@ -93,9 +93,10 @@ class Loaded:
 
 
 def load_pairs(records: Any, renderer: Renderer, what: str, max_bad: int) -> tuple[list[PreferencePair], Loaded]:
-    """Pairs from records with the columns prompt, chosen and rejected: strings, or messages in each. Without a prompt,
-    chosen and rejected are whole conversations, and what they begin with alike is the prompt. A column tools has the
-    JSON schemas of the functions that may be called.
+    """Pairs from records with the columns prompt, chosen and rejected: strings, or messages in each. Where chosen and
+    rejected are whole conversations, what they begin with alike is the prompt, whatever the column prompt has, as TRL
+    reads them. A plain string beside messages is what the user, or the assistant, says. A column tools has the JSON
+    schemas of the functions that may be called.
 
     Args:
         records: a ``datasets.Dataset``.
@@ -105,11 +106,10 @@ def load_pairs(records: Any, renderer: Renderer, what: str, max_bad: int) -> tup
     Raises:
         UserError: a column is missing, too many records are unusable, or all.
     """
-    explicit = "prompt" in records.column_names
-    require_columns(records, ["prompt", "chosen", "rejected"] if explicit else ["chosen", "rejected"], what)
+    require_columns(records, ["chosen", "rejected"], what)
 
     def make(record: dict[str, Any], where: str) -> PreferencePair:
-        prompt, *answers = _parts(record, explicit)
+        prompt, *answers = _parts(record)
         tools = record.get("tools")
         source = renderer.source(prompt, tools)
         chosen, rejected = (renderer.answer(answer, prompt, tools) for answer in answers)
@@ -186,17 +186,23 @@ def _made(
     return made, loaded
 
 
-def _parts(record: dict[str, Any], explicit: bool) -> tuple[Text, Text, Text]:
+def _parts(record: dict[str, Any]) -> tuple[Text, Text, Text]:
     chosen, rejected = (_text(record[name], name) for name in ("chosen", "rejected"))
-    if explicit:
-        prompt = _text(record["prompt"], "prompt")
-        if len({isinstance(each, str) for each in (prompt, chosen, rejected)}) > 1:
-            raise UnusableRecord("prompt, chosen and rejected are not all strings or all messages")
-        return prompt, chosen, rejected
-    if isinstance(chosen, str) or isinstance(rejected, str):
+    given = record.get("prompt")
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        same = _alike(chosen, rejected)
+        if same or given is None:
+            return chosen[:same], chosen[same:], rejected[same:]
+    if given is None:
         raise UnusableRecord("no prompt beside answers that are plain strings")
-    same = _alike(chosen, rejected)
-    return chosen[:same], chosen[same:], rejected[same:]
+    prompt = _text(given, "prompt")
+    if all(isinstance(each, str) for each in (prompt, chosen, rejected)):
+        return prompt, chosen, rejected
+    return _said(prompt, "user"), _said(chosen, "assistant"), _said(rejected, "assistant")
+
+
+def _said(text: Text, role: str) -> Messages:
+    return [{"role": role, "content": text}] if isinstance(text, str) else text
 
 
 def _alike(chosen: Messages, rejected: Messages) -> int:

@@ -20,6 +20,8 @@ Messages = list[dict[str, Any]]
 Text = str | Messages
 Ids = npt.NDArray[np.int32]
 
+# What a message says, by the names that public sets give it; a template may leave out any other key.
+_SAID = ("content", "tool_calls", "function_call", "reasoning_content", "thinking")
 # Stands before an answer that comes without its question.
 _SOME_QUESTION: Messages = [{"role": "user", "content": "?"}]
 _BEFORE: dict[str, set[str | None]] = {
@@ -75,16 +77,20 @@ class Renderer:
             tools: of this question, instead of those of all.
 
         Raises:
-            UnusableRecord: it is empty, or messages that the chat template refuses.
+            UnusableRecord: it is empty, or messages that the chat template refuses or does not write whole.
             UserError: there is no chat template.
         """
         if isinstance(prompt, str):
             ids = self._tokens(prompt)
-            if not len(ids):
+            if not prompt.strip() or not len(ids):
                 raise UnusableRecord("empty question")
             return self._fitted(ids, len(ids))
         check_order([*prompt, {"role": "assistant", "content": ""}])
-        ids = self._tokens(self._question(prompt, tools))
+        if not _says(prompt[-1]):
+            raise UnusableRecord("empty question")
+        text = self._question(prompt, tools)
+        self._check_written(text, prompt, tools)
+        ids = self._tokens(text)
         whole = len(ids)
         while len(ids) > self.max_source and (shorter := _without_oldest_turn(prompt)) is not None:
             prompt = shorter
@@ -101,7 +107,8 @@ class Renderer:
             tools: as in ``source``.
 
         Raises:
-            UnusableRecord: it is empty, or the template writes something else than the question and then the answer.
+            UnusableRecord: it is empty, or the template writes something else than the question and then the whole
+                answer.
             UserError: there is no chat template.
         """
         if isinstance(answer, str):
@@ -125,7 +132,7 @@ class Renderer:
         if len(answer) != 1 or answer[0].get("role") != "assistant":
             roles = [message.get("role") for message in answer]
             raise UnusableRecord(f"an answer is one message of the assistant, not of {roles}")
-        if not (_has_content(answer[0]) or answer[0].get("tool_calls")):
+        if not _says(answer[0]):
             raise UnusableRecord("empty answer")
         before = _SOME_QUESTION if prompt is None else prompt
         if isinstance(before, str):
@@ -134,6 +141,10 @@ class Renderer:
         whole = self._apply([*before, *answer], tools, add_generation_prompt=False)
         if not whole.startswith(question):
             raise UnusableRecord("the chat template changes the question when it is answered")
+        for key in _SAID:
+            without = [{**answer[0], key: "" if key == "content" else None}]
+            if answer[0].get(key) and whole == self._applied([*before, *without], tools, add_generation_prompt=False):
+                raise UnusableRecord(f"{key} of the assistant, for which the chat template has no place")
         ids, begin = self._tokens(whole), self._tokens(question)
         if np.array_equal(ids[: len(begin)], begin):
             return ids[len(begin) :]
@@ -142,6 +153,32 @@ class Renderer:
 
     def _question(self, prompt: Messages, tools: Any) -> str:
         return self._apply(prompt, tools, add_generation_prompt=True)
+
+    def _check_written(self, text: str, prompt: Messages, tools: Any) -> None:
+        """Refuse a question of which the template left something out.
+
+        Raises:
+            UnusableRecord: names what.
+        """
+        place = 0
+        for number, message in enumerate(prompt):
+            content = _plain(message.get("content"))
+            found = text.find(content.strip(), place) if isinstance(content, str) else -1
+            place = max(place, found)
+            for key in ("content", "tool_calls", "function_call"):
+                if not message.get(key) or (key == "content" and found >= 0):
+                    continue
+                without = {**message, key: "" if key == "content" else None}
+                changed = [*prompt[:number], without, *prompt[number + 1 :]]
+                if text == self._applied(changed, tools, add_generation_prompt=True):
+                    raise UnusableRecord(f"{key} of {message['role']}, for which the chat template has no place")
+
+    def _applied(self, messages: Messages, tools: Any, *, add_generation_prompt: bool) -> str | None:
+        """As ``_apply``; None where the template refuses it."""
+        try:
+            return self._apply(messages, tools, add_generation_prompt=add_generation_prompt)
+        except UnusableRecord:
+            return None
 
     def _apply(self, messages: Messages, tools: Any, *, add_generation_prompt: bool) -> str:
         if not self.tokenizer.chat_template:
@@ -162,7 +199,10 @@ class Renderer:
 
     def _template(self, messages: Messages, tools: Any, add_generation_prompt: bool) -> str:
         text: str = self.tokenizer.apply_chat_template(
-            _without_none(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            _without_none(_with_plain_content(messages)),
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
         return text
 
@@ -201,11 +241,32 @@ def _without_oldest_turn(prompt: Messages) -> Messages | None:
     return None if len(users) < 2 else [*prompt[: users[0]], *prompt[users[1] :]]
 
 
-def _has_content(message: dict[str, Any]) -> bool:
-    content = message.get("content")
-    if isinstance(content, str):
-        return bool(content.strip())
-    return bool(content)
+def _says(message: dict[str, Any]) -> bool:
+    """Whether a message says or calls something."""
+    content = _plain(message.get("content"))
+    said = content.strip() if isinstance(content, str) else content
+    return bool(said or message.get("tool_calls") or message.get("function_call"))
+
+
+def _with_plain_content(messages: Messages) -> Messages:
+    return [{**each, "content": _plain(each["content"])} if "content" in each else each for each in messages]
+
+
+def _plain(content: Any) -> Any:
+    """Content in parts ({"type": "text", "text": ...}) as one text: many templates write the list itself.
+
+    Raises:
+        UnusableRecord: a part is no text.
+    """
+    if not isinstance(content, list):
+        if content is None or isinstance(content, str):
+            return content
+        raise UnusableRecord(f"content is of type {type(content).__name__}, neither a text nor parts")
+    for part in content:
+        if not (isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise UnusableRecord(f"content with a part that is no text ({kind})")
+    return "".join(part["text"] for part in content)
 
 
 def _without_none(value: Any) -> Any:

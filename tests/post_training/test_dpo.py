@@ -164,6 +164,25 @@ def test_strings_messages_and_implicit_prompts():
     assert first.source.tolist() == [10, 5, 12, 11] and first.chosen.tolist() == [7, 12]
 
 
+def test_prompts_are_read_as_trl_reads_them():
+    """Whole conversations say their prompt themselves, whatever stands beside them; a string is what its side says."""
+    question, good, bad = (
+        {"role": role, "content": text} for role, text in (("user", "w5"), ("assistant", "w7"), ("assistant", "w8"))
+    )
+    whole = {"chosen": [question, good], "rejected": [question, bad]}
+    forms = [
+        whole,
+        {"prompt": "w9", **whole},
+        {"prompt": [question], **whole},
+        {"prompt": "w5", "chosen": [good], "rejected": [bad]},
+        {"prompt": [question], "chosen": "w7", "rejected": "w8"},
+    ]
+    for form in forms:
+        (pair,), _ = load_pairs(datasets.Dataset.from_list([form]), renderer(TEMPLATE), "data", 0)
+        found = [each.tolist() for each in (pair.source, pair.chosen, pair.rejected)]
+        assert found == [[10, 5, 12, 11], [7, 12], [8, 12]], form
+
+
 def test_an_answer_that_begins_as_the_other_stays_an_answer():
     """Of a conversation that is the beginning of the other, the last message still is the answer."""
     user, assistant = {"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}

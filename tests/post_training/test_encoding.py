@@ -72,7 +72,7 @@ def test_a_pair_is_two_texts_or_two_lists_of_messages(tmp_path):
         ({"prompt": 1, "completion": 2}, "prompt is of type int and completion of type int"),
     ):
         with pytest.raises(UserError, match=told):
-            encode(write(tmp_path / "rows.jsonl", [rows]))
+            encode(write(tmp_path / "rows.jsonl", [rows])).examples()
     rows = [{"prompt": "a", "completion": None}, {"prompt": "a", "completion": "b"}]
     assert "completion missing" in str(encode(write(tmp_path / "rows.jsonl", rows)).report)
 
@@ -93,12 +93,19 @@ def test_what_is_too_long_is_cut_or_skipped_and_counted(tmp_path):
         ({"text": "a"}, "neither a column 'messages', nor 'prompt' and 'completion'. It has 'text'"),
         ({"prompt": "a", "answer": "b"}, "no column 'completion'. It has 'prompt', 'answer'"),
         ({"prompt": "a", "completion": "b", "messages": TALK}, "set columns.messages to null"),
-        ({"messages": [user("a")]}, "0 good ones"),
     ],
 )
 def test_records_of_no_known_form_are_refused(tmp_path, row, words):
     with pytest.raises(UserError, match=words):
         encode(write(tmp_path / "rows.jsonl", [row]))
+
+
+def test_records_without_an_example_are_told_before_anything_is_trained(tmp_path):
+    encoded = encode(write(tmp_path / "rows.jsonl", [{"messages": [user("a")]}]))
+    assert (encoded.report.examples, sum(encoded.report.skipped.values())) == (0, 1)
+    for take in (encoded.examples, lambda: encoded.split(0)):
+        with pytest.raises(UserError, match=r"0 good ones.*rows:1: the last message is of user"):
+            take()
 
 
 def test_lengths_and_held_out_records(tmp_path):

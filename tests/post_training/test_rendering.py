@@ -132,3 +132,44 @@ def test_messages_without_a_template_stop_the_run():
     with pytest.raises(UserError, match=r"has no chat template.*data.chat_template") as error:
         renderer(None).source([user("a")])
     assert not isinstance(error.value, UnusableRecord)
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": " c"}]
+
+
+def test_what_the_template_does_not_write_is_refused_and_not_learnt_as_nothing():
+    lenient = TEMPLATE.replace("message['content'] | trim", "(message['content'] or '') | trim")
+    with pytest.raises(UnusableRecord, match="tool_calls of the assistant, for which the chat template has no place"):
+        renderer(lenient).answer([CALL], [user("a")])
+    with pytest.raises(UnusableRecord, match="tool_calls of the assistant"):
+        renderer(lenient).answer([{**CALL, "content": "b"}], [user("a")])
+    with pytest.raises(UnusableRecord, match="tool_calls of assistant"):
+        renderer(lenient).source([user("a"), {**CALL, "content": "b"}, user("c")])
+    with pytest.raises(UnusableRecord, match="reasoning_content of the assistant"):
+        renderer().answer([{**assistant("b"), "reasoning_content": "c"}], [user("a")])
+    deaf = "{%- set messages = messages | rejectattr('role', 'equalto', 'system') | list -%}" + TEMPLATE
+    with pytest.raises(UnusableRecord, match="content of system"):
+        renderer(deaf).source([{"role": "system", "content": "the"}, user("a")])
+
+
+def test_calls_are_learnt_where_the_template_has_a_place():
+    calling = TEMPLATE.replace("message['content'] | trim", "(message['content'] or message['tool_calls'] | tojson)")
+    made = renderer(calling)
+    assert '"arguments": {"x": 1}' in made.tokenizer.decode(made.target([CALL], [user("a")]))
+
+
+def test_content_in_parts_is_their_text():
+    made = renderer()
+    assert made.target([assistant(PARTS)]).tolist() == made.target([assistant("a c")]).tolist()
+    assert made.source([user(PARTS)]).ids.tolist() == made.source([user("a c")]).ids.tolist()
+    with pytest.raises(UnusableRecord, match=r"a part that is no text \(image\)"):
+        made.source([user([{"type": "image"}])])
+    with pytest.raises(UnusableRecord, match="empty answer"):
+        made.answer([assistant([{"type": "text", "text": " "}])])
+
+
+@pytest.mark.parametrize("question", ["", " ", [user("")], [user(" \n")], [user([])], [user(None)]])
+def test_empty_questions_are_refused(question):
+    with pytest.raises(UnusableRecord, match="empty question"):
+        renderer().source(question)
