@@ -136,7 +136,7 @@ def new_cache(config: PreTrainedConfig) -> EncoderDecoderCache:
 
 def is_filled(cache: EncoderDecoderCache | None) -> TypeGuard[EncoderDecoderCache]:
     """Whether the source has been cached."""
-    return cache is not None and any(cache.is_updated.values())
+    return isinstance(cache, EncoderDecoderCache) and any(cache.is_updated.values())
 
 
 def fitted(cache: EncoderDecoderCache, config: PreTrainedConfig, lengths: list[int]) -> EncoderDecoderCache:

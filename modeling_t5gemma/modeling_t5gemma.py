@@ -194,7 +194,9 @@ class T5GemmaForConditionalGeneration(T5GemmaPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. The encoder computes and keeps what the decoder reads, unless its states are asked for
         or ``source_only=False``."""
-        return super().generate(*args, **{"source_only": True, **kwargs})
+        # The steps of a static cache may be compiled, and a graph has no values to tell what is left out by.
+        source_only = kwargs.get("cache_implementation") != "static"
+        return super().generate(*args, **{"source_only": source_only, **kwargs})
 
     @can_return_tuple
     def forward(

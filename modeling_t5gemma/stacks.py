@@ -449,6 +449,10 @@ class T5GemmaDecoder(Stack):
         if self.kind.continues and source.segment_ids is None:
             for kind in lengths:
                 lengths[kind] -= self.first_read(kind, source.positions, source.valid)
+        # A traced graph reads what there is: an encoder outside of it may have left out what is not read.
+        for kind, m in zip(self.config.layer_types, self.config.cross_attention_map or (), strict=False):
+            if m is not None and source.key_values is not None and (pair := source.key_values[m]) is not None:
+                lengths[kind] = min(lengths[kind], pair[0].shape[2])
         return [
             source.documents if layer in self.sourceless else lengths[kind]
             for layer, kind in enumerate(self.config.layer_types)

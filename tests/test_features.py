@@ -30,7 +30,8 @@ def small(request):
 
 @torch.no_grad()
 def test_cache_keeps_the_whole_input_and_a_window_of_the_target(model):
-    """The cross-attention cache never inherits the decoder's sliding layers, whoever made the cache."""
+    """A separate cross-attention's cache never inherits the decoder's sliding layers, whoever made the cache; a
+    layerwise one's keeps there what the first target token reads."""
     decoder = model.config.decoder
     window = decoder.sliding_window
     ids, target = tokens(1, 3 * window), tokens(1, 2 * window)
@@ -53,7 +54,11 @@ def test_cache_keeps_the_whole_input_and_a_window_of_the_target(model):
             cache = out.past_key_values
             steps.append(out.logits)
         torch.testing.assert_close(torch.cat(steps, 1), expected, atol=1e-4, rtol=0)
-        assert [layer.keys.shape[2] for layer in cache.cross_attention_cache.layers] == [3 * window] * 4
+        kept = {"full_attention": 3 * window, "sliding_attention": 3 * window}
+        if model.config.decoder.cross_attention_type == "layerwise":
+            kept["sliding_attention"] = window - 1
+        held = [layer.keys.shape[2] for layer in cache.cross_attention_cache.layers]
+        assert held == [kept[kind] for kind in decoder.layer_types]
         for kind, layer in zip(decoder.layer_types, cache.self_attention_cache.layers, strict=True):
             assert kind == "full_attention" or layer.keys.shape[2] <= window
 

@@ -172,6 +172,9 @@ class PackedSelfAttention(T5GemmaSelfAttention):
         q_BNTH, keys_BGTH = apply_rope(self.qk_norm(both), rope).split(self.queries_and_keys, dim=1)
         return q_BNTH, (keys_BGTH, values_BGTH)
 
+    def rotated_key_values(self, x: torch.Tensor, rope: Rope) -> KeyValues:
+        return self.project(x, rope)[1]
+
 
 class PackedMLP(nn.Module):
     """A ``GatedMLP`` whose gate and up projections are one product."""

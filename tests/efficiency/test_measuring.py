@@ -241,7 +241,7 @@ def test_calculated_for_what_nobody_can_load(tmp_path):
         (["2b-2b", "--calculated", "--quality", "2b=3"], "--quality 2b=3"),
         (["2b-2b", "--calculated", "--quality", "2b-2b=nan"], "--quality 2b-2b=nan"),
         (["s-s", "--calculated", "--quality", "paper-pretrained"], "the paper has no s-s"),
-        (["nowhere", "--calculated"], "nowhere cannot be loaded"),
+        (["nowhere", "--calculated"], "no folder nowhere"),
     ],
 )
 def test_mistakes_are_told(arguments, message):

@@ -209,7 +209,8 @@ def test_a_conversation_is_read_once_begun_and_its_answer_as_in_training(model, 
     lm = evaluated(model, chat=True)
     text = lm.apply_chat_template([{"role": "user", "content": "the cat"}])
     turn = "<start_of_turn>user\nthe cat<end_of_turn>\n<start_of_turn>model\n"
-    assert text == ("<bos>" if kind == "decoder_only" else "") + turn
+    # As the template writes it; a source begins as its checkpoint says, whatever the text spells.
+    assert text == "<bos>" + turn
     expected = plainly(model, Pair(begin(kind) + ids(turn), ids("sat")))[0]
     assert scores(model, (text, "sat"), chat=True) == pytest.approx([expected], **close(model))
 
@@ -217,7 +218,7 @@ def test_a_conversation_is_read_once_begun_and_its_answer_as_in_training(model, 
 def test_a_refused_system_message_goes_before_the_question(models):
     lm = evaluated(models["layerwise"], chat=True)
     text = lm.apply_chat_template([{"role": "system", "content": "Answer."}, {"role": "user", "content": "Why?"}])
-    assert text.startswith("<start_of_turn>user\nAnswer.\n\nWhy?<end_of_turn>")
+    assert text.startswith("<bos><start_of_turn>user\nAnswer.\n\nWhy?<end_of_turn>")
 
 
 def test_an_answer_that_has_begun_goes_on(models):
