@@ -157,18 +157,21 @@ class T5GemmaEncoderLayer(GradientCheckpointingLayer):
         self.dropout = dropout(config.dropout_rate)
 
     def forward(
-        self, x: torch.Tensor, rope: Rope, pattern: AttentionPattern, need_weights: bool = False
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        pattern: AttentionPattern,
+        need_weights: bool = False,
+        key_values_only: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        if key_values_only:
+            return x, None, *self.self_attn.rotated_key_values(self.pre_self_attn_layernorm(x), rope)
         hidden, weights, keys, values = self.self_attn(
             self.pre_self_attn_layernorm(x), rope, pattern, need_weights=need_weights
         )
         x = x + self.dropout(self.post_self_attn_layernorm(hidden))
         x = x + self.dropout(self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
         return x, weights, keys, values
-
-    def key_values(self, x: torch.Tensor, rope: Rope) -> KeyValues:
-        """The layer's keys and values alone."""
-        return self.self_attn.rotated_key_values(self.pre_self_attn_layernorm(x), rope)
 
 
 class T5GemmaDecoderLayer(GradientCheckpointingLayer):

@@ -262,8 +262,10 @@ class T5GemmaEncoder(Stack):
             kind = self.config.layer_types[i]
             hidden_states.append(x)
             if ends_early and i == read[-1]:
-                key_values[i] = layer.key_values(x, ropes[kind])
-                x = x[..., :0]
+                # By its own call, which gathers the weights where they are sharded.
+                pattern = patterns[kind, is_bidirectional(self.config, i)]
+                x, _, *own = layer(x, ropes[kind], pattern, key_values_only=True)
+                key_values[i], x = tuple(own), x[..., :0]
                 break
             x, layer_weights, *own = layer(
                 x, ropes[kind], patterns[kind, is_bidirectional(self.config, i)], need_weights
