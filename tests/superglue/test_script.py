@@ -107,7 +107,7 @@ def test_both_columns_of_the_papers_table_by_one_command(config, checkpoints, tm
         (["--task", "squad"], "There is no task squad"),
         (["--model", "nowhere/else"], "--model is .* whose last names differ"),
         (["--training.warmup_steps", "-1"], "The training settings don't fit"),
-        (["--data.path", "./nowhere"], "cannot be loaded"),
+        (["--data.path", "./nowhere"], "There is no folder ./somewhere/else"),
         (["--compare", "nowhere"], "nowhere holds no finished task"),
     ],
 )
