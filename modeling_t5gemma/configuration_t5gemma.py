@@ -24,6 +24,7 @@ from .cross_attention import KEY_VALUES, kind_of
 StackConfig: TypeAlias = Any
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 CLASSIFIER_POOLINGS = ("last", "mean")
 
 # Encoder and decoder stacks, from the released checkpoints; 27b from Gemma 2 27B, which has no T5Gemma release. The
@@ -450,10 +451,15 @@ def _check_stack(config: Any) -> None:
         raise ValueError(f"layer_types has {SLIDING!r}, so sliding_window has to be a positive number of positions.")
     for layer_type in sorted(set(config.layer_types)):
         rope = rope_parameters_of(config, layer_type)
-        if rope.get("rope_type") in (None, "dynamic", "longrope"):
+        if rope.get("rope_type") not in ROPE_TYPES:
             raise ValueError(
                 f"The rope_type of {layer_type} is {rope.get('rope_type')!r}; only frequencies that do not depend on "
-                "the input's length are supported: 'default', 'linear', 'llama3', 'yarn'."
+                f"the input's length are supported: {', '.join(map(repr, ROPE_TYPES))}."
+            )
+        if rope.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(
+                f"The partial_rotary_factor of {layer_type} is {rope['partial_rotary_factor']}; heads are rotated "
+                "whole, so it can only be 1."
             )
     switches = FamilySwitches(
         config.norm_placement,

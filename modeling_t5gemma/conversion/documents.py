@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from importlib.resources import files
@@ -15,9 +16,10 @@ from modeling_t5gemma.conversion.family import Legal
 from modeling_t5gemma.conversion.options import ConversionOptions, describe_layers
 from modeling_t5gemma.conversion.plan import Copied, Plan
 from modeling_t5gemma.conversion.source import Source
-from modeling_t5gemma.conversion.target import Stack, Target, stack_configs
+from modeling_t5gemma.conversion.target import DECODER, ENCODER, Stack, Target, stack_configs
 from modeling_t5gemma.cross_attention import kind_of
-from modeling_t5gemma.io.text_files import read_text
+from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io.text_files import check_regular, read_json, read_text
 
 RECORD_FILE = "conversion.json"
 # What a source's folder may hold of its licence.
@@ -41,6 +43,25 @@ def write_documents(folder: Path, target: Target, plan: Plan, options: Conversio
     _card(target, plan, options, terms).save(folder / "README.md")
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """The contents of a checkpoint's ``conversion.json``, {} without one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    file = folder / RECORD_FILE
+    if not os.path.lexists(file):
+        return {}
+    record = read_json(file)
+    stacks = [record.get(side) for side in (ENCODER, DECODER)]
+    if not all(map(_is_stack_record, stacks)) or not isinstance(record.get("cross_attention"), str):
+        raise UserError(
+            f"{file} is not as t5gemma convert wrote it (source, commit and layers of each stack, and what "
+            "cross_attention began as). Put it back, or remove it."
+        )
+    return record
+
+
 def write_licences(folder: Path, target: Target) -> str | None:
     """Write ``NOTICE`` and the terms, or where they are if no source carries a copy.
 
@@ -51,6 +72,7 @@ def write_licences(folder: Path, target: Target) -> str | None:
     for source in sources:
         for pattern in _LICENCE_PATTERNS:
             for path in source.folder.glob(pattern):
+                check_regular(path)
                 shutil.copyfile(path, folder / path.name)
     legal = _legal(target)
     if legal is None:
@@ -163,6 +185,14 @@ def _stack_record(stack: Stack) -> dict[str, Any]:
         "layers": stack.layers,
         "kv_repeats": stack.kv_repeats,
     }
+
+
+def _is_stack_record(origin: Any) -> bool:
+    if not isinstance(origin, dict) or not isinstance(origin.get("source"), str):
+        return False
+    layers = origin.get("layers")
+    whole = isinstance(layers, list) and all(type(layer) is int and layer >= 0 for layer in layers) and bool(layers)
+    return whole and isinstance(origin.get("commit"), str | None)
 
 
 def _distinct_sources(target: Target) -> list[Source]:

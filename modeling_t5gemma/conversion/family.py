@@ -15,6 +15,7 @@ from typing import Any
 from modeling_t5gemma.configuration_t5gemma import FamilySwitches
 
 OUTPUT_HEAD = "lm_head.out_proj.weight"
+EMBEDDING = "embed_tokens.weight"
 
 # What every family's projections are called; a checkpoint without biases simply has none of the second kind.
 PROJECTIONS = {

@@ -48,7 +48,7 @@ class GgufHeader:
     """What a GGUF file says of itself.
 
     Attributes:
-        metadata: by llama.cpp's keys; of an array only its length.
+        metadata: by llama.cpp's keys; of the tokenizer's arrays their lengths, and no other arrays.
         tensors: by llama.cpp's names.
     """
 
@@ -73,9 +73,9 @@ def read_gguf_header(path: Path, added_to_norms: float = 0.0) -> GgufHeader:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 header = _parse(path, _Cursor(data, 4), added_to_norms)
-            except (struct.error, IndexError, KeyError, UnicodeDecodeError) as error:
+            except (struct.error, IndexError, KeyError, OverflowError, UnicodeDecodeError) as error:
                 raise UserError(f"{path} is cut short or damaged (its header). Download it again.") from error
-    if header.metadata.get("split.count", 1) > 1:
+    if header.metadata.get("split.count", 1) != 1:
         raise UserError(f"{path} is one of several parts. Join them with llama.cpp's llama-gguf-split --merge.")
     for name, tensor in header.tensors.items():
         rows = 1 if len(tensor.shape) == 1 else tensor.shape[0]
@@ -123,11 +123,13 @@ class _Cursor:
         if kind != GGUFValueType.ARRAY:
             return self.scalar(_SCALARS[kind])
         element, count = self.scalar("I"), self.scalar("Q")
-        if element in _SCALARS:
-            self.position += count * struct.calcsize(f"<{_SCALARS[element]}")
-        else:
+        if element == GGUFValueType.STRING:
             for _ in range(count):
-                self.value(element)
+                self.string()
+        else:  # llama.cpp has no arrays in arrays
+            self.position += count * struct.calcsize(f"<{_SCALARS[element]}")
+        if self.position > len(self.data):
+            raise IndexError
         return count
 
 
@@ -138,14 +140,18 @@ def _parse(path: Path, cursor: _Cursor, added_to_norms: float) -> GgufHeader:
     tensor_count, value_count = cursor.scalar("Q"), cursor.scalar("Q")
     metadata = {}
     for _ in range(value_count):
-        key = cursor.string()
-        metadata[key] = cursor.value(cursor.scalar("I"))
+        key, kind = cursor.string(), cursor.scalar("I")
+        value = cursor.value(kind)
+        if kind != GGUFValueType.ARRAY or key.startswith("tokenizer."):
+            metadata[key] = value
     table = []
     for _ in range(tensor_count):
         name = cursor.string()
         shape = tuple(reversed([cursor.scalar("Q") for _ in range(cursor.scalar("I"))]))
         table.append((name, shape, cursor.scalar("I"), cursor.scalar("Q")))
     alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1 or alignment.bit_count() != 1:
+        raise UserError(f"{path} says general.alignment is {alignment!r}; it is a power of 2. Download it again.")
     start = (cursor.position + alignment - 1) // alignment * alignment
     tensors = {}
     for name, shape, kind, offset in table:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_t5gemma.configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
-from modeling_t5gemma.conversion.documents import RECORD_FILE
+from modeling_t5gemma.conversion.documents import read_record
 from modeling_t5gemma.conversion.target import expected_tensors
 from modeling_t5gemma.cross_attention import is_cross_attention
 from modeling_t5gemma.errors import UserError
@@ -114,12 +114,8 @@ def _inspect(folder: Path, headers: dict[str, TensorHeader]) -> Inspection:
         missing=tuple(sorted(expected.keys() - headers.keys())) if compared else (),
         unexpected=tuple(sorted(headers.keys() - expected.keys())) if compared else (),
         generation=read_generation_config(folder),
-        record=_optional(folder / RECORD_FILE),
+        record=read_record(folder),
     )
-
-
-def _optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.exists() else {}
 
 
 def _local_headers(folder: Path) -> dict[str, TensorHeader]:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from modeling_t5gemma.conversion.family import OUTPUT_HEAD
+from modeling_t5gemma.conversion.family import EMBEDDING, OUTPUT_HEAD
 from modeling_t5gemma.conversion.target import (
     DECODER,
-    EMBEDDING,
     ENCODER,
     Stack,
     Target,

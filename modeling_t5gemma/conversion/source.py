@@ -5,21 +5,37 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_t5gemma.conversion.families import FAMILIES
-from modeling_t5gemma.conversion.family import Family
+from modeling_t5gemma.conversion.family import EMBEDDING, OUTPUT_HEAD, Family
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.io import hub
-from modeling_t5gemma.io.checkpoints import is_gguf, load_config, locate, read_generation_config
+from modeling_t5gemma.io.checkpoints import is_gguf, load_config, locate, read_generation_config, told
+from modeling_t5gemma.io.fields import check_config
 from modeling_t5gemma.io.safetensors_files import read_headers, weight_dtype
-from modeling_t5gemma.io.tensors import RemoteTensor, StoredTensor
+from modeling_t5gemma.io.tensors import RemoteTensor, StoredTensor, row_ranges
 from modeling_t5gemma.io.text_files import read_json
 
+# Names of fields that change what a model computes, whether or not transformers' class has them.
+_COMPUTES = re.compile(r"factor|multiplier|scal|softcap|bias|rotary|norm|expert|head|resid|window|att|act|alibi")
+# What transformers' classes read of it under another name.
+_OTHER_SPELLINGS = {
+    "rope_scaling",
+    "rope_local_base_freq",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "hidden_activation",
+    "attn_implementation",
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "output_attentions",
+}
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -53,6 +69,19 @@ class Source:
     def folder(self) -> Path:
         """Where the files beside the weights lie."""
         return self.path.parent if self.path.is_file() else self.path
+
+    def has_head_of_its_own(self) -> bool:
+        """Whether there is an output head other than the embedding, whatever the config says of a tie.
+
+        What was only looked up has none that could be compared.
+        """
+        names = self.stack_names.get(OUTPUT_HEAD), self.stack_names.get(EMBEDDING)
+        head, embedding = (self.tensors.get(name or "") for name in names)
+        if head is None or embedding is None or isinstance(head, RemoteTensor):
+            return False
+        return head.shape != embedding.shape or not all(
+            torch.equal(head.rows(start, stop), embedding.rows(start, stop)) for start, stop in row_ranges(head.shape)
+        )
 
     @property
     def is_gguf(self) -> bool:
@@ -105,7 +134,7 @@ def _open_folder(
     family = _family_of(raw, config_file)
     if "quantization_config" in raw:
         raise UserError(f"{config_file} describes quantised weights. Give the unquantised ones, or a .gguf file.")
-    config = load_config(folder).get_text_config()
+    config = _text_config(raw, family, folder)
     tensors = read_headers(folder) if looked_up is None else looked_up
     generation = read_generation_config(folder)
     stack_names, left_out = _sort(family, list(tensors), family.stack_name, folder)
@@ -124,15 +153,35 @@ def _open_gguf(path: Path, name: str, commit: str | None) -> Source:
         )
     family = by_architecture[architecture]
     header = read_gguf_header(path, added_to_norms=family.gguf.added_to_norms)
-    try:
-        fields = family.gguf.config(header.metadata)
+    with told(f"{path} has incomplete metadata", "Give another conversion"):
+        stated = family.gguf.config(header.metadata)
+        check_config(stated, path)
         tied = "output.weight" not in header.tensors
-        config = AutoConfig.for_model(family.model_type, tie_word_embeddings=tied, **fields)
-    except Exception as error:  # a key that is not there, or transformers' own exceptions
-        raise UserError(f"{path} has incomplete metadata ({_one_line(error)}). Give another conversion.") from error
+        config = AutoConfig.for_model(family.model_type, tie_word_embeddings=tied, **stated)
     generation = read_generation_config(path.parent)
     stack_names, left_out = _sort(family, list(header.tensors), family.gguf_stack_name, path)
     return Source(name, path, commit, family, config, header.tensors, stack_names, left_out, generation)
+
+
+def _text_config(raw: dict[str, Any], family: Family, folder: Path) -> PreTrainedConfig:
+    """The config of the text stack, none of whose fields says what the family's block does not do."""
+    config_file = folder / "config.json"
+    with told(f"{config_file} is no valid {family.title} config", "Repair it"):
+        config: PreTrainedConfig = load_config(folder).get_text_config()
+    if config.model_type != family.model_type:
+        raise UserError(
+            f"{config_file} is of model type {config.model_type!r}; a {family.title} is {family.model_type!r}. Repair "
+            "it."
+        )
+    known = {field.name for field in fields(config)} | _OTHER_SPELLINGS
+    for name, value in (raw.get("text_config") or raw).items():
+        # Unset, off or 1: as if it were not there.
+        if name not in known and _COMPUTES.search(name) and value not in (None, False, 1, [], {}):
+            raise UserError(
+                f"{config_file} sets {name} to {value!r:.80}, which no {family.title} has, so the result would not "
+                "compute what the source does. Take it out if it does not matter."
+            )
+    return config
 
 
 def _family_of(config: dict[str, Any], file: Path) -> Family:
@@ -172,7 +221,3 @@ def _sort(family: Family, names: list[str], translate: Any, where: Path) -> tupl
                 f"Give a plain {family.title} checkpoint (adapters merged)."
             )
     return stack_names, left_out
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

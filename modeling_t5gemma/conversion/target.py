@@ -19,13 +19,13 @@ from modeling_t5gemma.conversion.options import ConversionOptions, parse_layers
 from modeling_t5gemma.conversion.source import Source
 from modeling_t5gemma.cross_attention import KINDS
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.io.checkpoints import check_stacks, told
 from modeling_t5gemma.modeling_t5gemma import (
     AdaptedSeq2SeqForConditionalGeneration,
     T5GemmaForConditionalGeneration,
 )
 
 ENCODER, DECODER = "encoder", "decoder"
-EMBEDDING = "embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,9 @@ def build_target(enc: Source, dec: Source, options: ConversionOptions) -> Target
     bidirectional = _bidirectional_layers(options.encoder_attention, len(encoder.layers))
     # What is no kind is a way to begin a separate one.
     kind = KINDS.get(cross_attention, KINDS["separate"])
-    pair: dict[str, Any] = {"tie_word_embeddings": dec.config.tie_word_embeddings}
+    # As transformers does, the tensors are believed where the config says otherwise.
+    tied = dec.config.tie_word_embeddings and not dec.has_head_of_its_own()
+    pair: dict[str, Any] = {"tie_word_embeddings": tied}
     try:
         if (
             {enc.family.name, dec.family.name} == {"gemma2"}
@@ -115,6 +117,8 @@ def build_target(enc: Source, dec: Source, options: ConversionOptions) -> Target
             )
     except (ValueError, StrictDataclassError) as error:
         raise UserError(f"{enc.name} and {dec.name} cannot be paired so: {' '.join(str(error).split())}") from error
+    with told(f"A model cannot be made as {enc.path} and {dec.path} describe it", "Repair their config.json"):
+        check_stacks(config)
     return Target(config, encoder, decoder, cross_attention)
 
 
@@ -135,6 +139,7 @@ def expected_tensors(config: T5GemmaConfig | AdaptedSeq2SeqConfig) -> dict[str, 
 
 def _fields(stack: Stack) -> dict[str, Any]:
     fields = stack.source.family.stack_fields(stack.source.config)
+    fields["tie_word_embeddings"] = fields["tie_word_embeddings"] and not stack.source.has_head_of_its_own()
     fields["num_hidden_layers"] = len(stack.layers)
     fields["num_key_value_heads"] *= stack.kv_repeats
     if fields.get("layer_types"):

@@ -20,7 +20,7 @@ from modeling_t5gemma.configuration_t5gemma import (
     AdaptedSeq2SeqConfig,
     AdaptedSeq2SeqModuleConfig,
 )
-from modeling_t5gemma.conversion.documents import RECORD_FILE
+from modeling_t5gemma.conversion.documents import RECORD_FILE, read_record
 from modeling_t5gemma.conversion.reference import (
     Continuation,
     Outputs,
@@ -163,7 +163,7 @@ def _describe(folder: Path, source: Source) -> _Converted:
             "'t5gemma' or 'adapted_seq2seq'. Give the folder that `t5gemma convert` wrote."
         )
     config = with_causal_encoder(load_config(folder))
-    record = read_json(folder / RECORD_FILE) if (folder / RECORD_FILE).exists() else {}
+    record = read_record(folder)
     layers = {side: _source_layers(side, getattr(config, side), record, source) for side in ("encoder", "decoder")}
     if config.share_embeddings and not isinstance(layers["encoder"], str) and isinstance(layers["decoder"], str):
         layers["encoder"] = "has the embedding of the decoder's source"
@@ -215,6 +215,11 @@ def _tokens(config: Any) -> tuple[torch.Tensor, int]:
     outrun = 0 < window <= LONGEST_WINDOW_TO_OUTRUN
     prefix = window + TARGET_TOKENS if outrun else PREFIX_TOKENS
     prefix = min(prefix, config.max_position_embeddings - TARGET_TOKENS)
+    if prefix < 1:
+        raise UserError(
+            f"The source has {config.max_position_embeddings} positions (max_position_embeddings); a comparison takes "
+            f"more than {TARGET_TOKENS}. Repair its config.json."
+        )
     tokens = torch.randint(0, config.vocab_size, (prefix + TARGET_TOKENS,), generator=torch.Generator().manual_seed(0))
     # A padding token would be taken for padding.
     tokens[tokens == config.pad_token_id] = (config.pad_token_id or 0) + 1

@@ -27,8 +27,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
+from ..configuration_t5gemma import AdaptedSeq2SeqConfig, T5GemmaConfig
 from ..errors import UserError
+from ..layers import RotaryEmbedding
 from . import hub
 from .fields import check_config, check_generation, refuse_code, vocabulary_size
 from .safetensors_files import read_shapes
@@ -48,7 +51,7 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # Beside the two configs, what transformers reads of a folder when it loads a model or a tokenizer.
 _OBJECTS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")
 _OTHERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
-_TEMPLATES = ("chat_template.jinja", "additional_chat_templates/*.jinja")
+_TEMPLATE, _MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates/*.jinja"
 
 
 def locate(given: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -64,10 +67,10 @@ def locate(given: str | Path, revision: str | None = None, *, weights: bool = Tr
         UserError: there is no such thing, or the Hub does not give it.
     """
     path = Path(os.path.expanduser(given))
-    if os.path.isdir(path):
+    if str(given) and os.path.isdir(path):
         ggufs = [] if os.path.lexists(path / CONFIG) else sorted(path.glob("*.gguf"))
         return ggufs[0] if len(ggufs) == 1 else path
-    if os.path.lexists(path):
+    if str(given) and os.path.lexists(path):
         if path.suffix != ".gguf" or not os.path.isfile(path):
             raise UserError(f"{given} is neither a folder nor a .gguf file. Give the folder that holds {CONFIG}.")
         return path
@@ -105,9 +108,9 @@ def check_files(folder: Path) -> None:
     for name in _OTHERS:
         if os.path.lexists(folder / name):
             check_regular(folder / name)
-    for pattern in _TEMPLATES:
-        for file in folder.glob(pattern):
-            read_text(file)
+    templates = [folder / _TEMPLATE] if os.path.lexists(folder / _TEMPLATE) else []
+    for file in (*templates, *folder.glob(_MORE_TEMPLATES)):
+        read_text(file)
 
 
 def load_config(folder: Path) -> Any:
@@ -123,7 +126,23 @@ def load_config(folder: Path) -> Any:
     check_regular(folder / CONFIG)
     check_files(folder)
     with told(f"{folder / CONFIG} cannot be loaded", "Repair or download it"):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if isinstance(config, T5GemmaConfig | AdaptedSeq2SeqConfig):
+            check_stacks(config)
+    return config
+
+
+def check_stacks(config: T5GemmaConfig | AdaptedSeq2SeqConfig) -> None:
+    """Look up what a model looks up when it is made or run: activation functions and rotary frequencies.
+
+    Raises:
+        Exception: there is none of that name, or it lacks a parameter; of any kind, so call it in ``told``.
+    """
+    stack: Any
+    for stack in (config.encoder, config.decoder):
+        ACT2FN[stack.hidden_activation]
+        for layer_type in set(stack.layer_types):
+            RotaryEmbedding(stack, layer_type).frequencies(torch.device("cpu"))
 
 
 def read_generation_config(folder: Path, vocabulary: int | None = None) -> dict[str, Any]:

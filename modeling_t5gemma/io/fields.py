@@ -35,6 +35,9 @@ _GENERATION = (
     "max_new_tokens", "min_length", "min_new_tokens", "num_beams", "num_return_sequences", "max_time",
     "guidance_scale",
 )  # fmt: skip
+# Of generation_config.json, too: on or off, and what no text is made with here.
+_GENERATION_SWITCHES = ("do_sample", "use_cache", "output_scores", "output_attentions", "output_hidden_states")
+_GENERATION_LISTS = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
 _GENERATION_CODE = ("constraints", "custom_generate", "dola_layers", "force_words_ids", "penalty_alpha")
 # Where a file names a class or function of its own, or a repository of kernels.
 _CODE = ("auto_map", "custom_pipelines")
@@ -79,6 +82,13 @@ def check_generation(raw: Mapping[str, Any], file: Path, vocabulary: int | None 
         value = raw.get(name)
         if value is not None and not (_is_finite(value) and value >= 0):
             raise _wrong(file, name, value, "a number from 0")
+    for name in _GENERATION_SWITCHES:
+        if not isinstance(raw.get(name), bool | None):
+            raise _wrong(file, name, raw[name], "true or false")
+    for name in _GENERATION_LISTS:
+        value = raw.get(name)
+        if value is not None and not (isinstance(value, list) and value and all(map(_is_token, _flat(value)))):
+            raise _wrong(file, name, value, "a list of tokens")
     if raw.get("num_return_sequences") not in (None, 1):
         raise _wrong(file, "num_return_sequences", raw["num_return_sequences"], "1")
     _check_ids(raw, file, "", vocabulary)
@@ -135,7 +145,7 @@ def _check_ids(fields: Mapping[str, Any], file: Path, part: str, vocabulary: Any
     ends = fields.get("eos_token_id")
     for value in ends if isinstance(ends, list) else [ends]:
         # One past the last row ends nothing: of an image, say.
-        if value is not None and not (_is_int(value) and 0 <= value < 1 << 31):
+        if value is not None and not _is_token(value):
             raise _wrong(file, part + "eos_token_id", ends, "a token or a list of tokens")
 
 
@@ -149,6 +159,14 @@ def _is_int(value: Any) -> bool:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _is_token(value: Any) -> bool:
+    return _is_int(value) and 0 <= value < 1 << 31
+
+
+def _flat(values: list[Any]) -> list[Any]:
+    return [each for value in values for each in (value if isinstance(value, list) else [value])]
 
 
 def _wrong(file: Path, name: str, value: Any, allowed: str) -> UserError:

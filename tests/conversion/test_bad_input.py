@@ -141,6 +141,13 @@ class TestConfigs:
         line = refused(r"config\.json (says|cannot be loaded)", self.change(copy_of(sources("gemma2")), **fields))
         assert next(iter(fields)) in line
 
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("partial_rotary_factor", 0.5), ("residual_multiplier", 0.2), ("hidden_activation", "odd")],
+    )
+    def test_fields_that_would_be_ignored(self, field, value, sources, copy_of, refused):
+        refused(f"{field} |{value}", self.change(copy_of(sources("gemma2")), **{field: value}))
+
     def test_quantised(self, sources, copy_of, refused):
         source = self.change(copy_of(sources("gemma2")), quantization_config={"quant_method": "bitsandbytes"})
         refused("quantised weights", source)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -160,6 +161,19 @@ def test_encoder_and_decoder_of_two_sizes(sources, convert):
 
 def test_two_families_in_one_model(sources, convert):
     load(convert(sources("gemma2"), sources("gemma3")))
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_a_head_that_a_config_says_is_tied(other, sources, copy_of, convert):
+    """Merging an adapter can leave one that differs: the tensors are believed, as transformers does."""
+    source = copy_of(sources("gemma3"))
+    tensors = load_file(source / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"] + (0.02 if other else 0)
+    save_file({**tensors, "lm_head.weight": head}, source / "model.safetensors", metadata={"format": "pt"})
+    folder = convert(source, cross_attention="layerwise")
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is not other
+    kept = tensors_of(folder).get("lm_head.out_proj.weight")
+    assert torch.equal(kept, head) if other else kept is None
 
 
 def test_an_untied_head_is_kept(sources, convert):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_t5gemma.conversion.source import resolve_source
 from modeling_t5gemma.errors import UserError
+from modeling_t5gemma.inference.loading import load_checkpoint
+from modeling_t5gemma.training.loading import load_config, load_original
 from tests.conversion.test_convert_families import renamed
 from tests.conversion.tiny import save_tokenizer, tensors_of, tiny_model, write_gguf
 
@@ -166,3 +169,45 @@ def test_gemma3_270m(tmp_path, convert):
             for side in ("encoder", "decoder"):
                 assert torch.equal(converted.pop(renamed("gemma3", name, side)), tensor), name
     assert not converted
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value", "message"),
+    [
+        ("general.alignment", "I", 0, "alignment is 0"),
+        ("gemma3.attention.head_count_kv", "I", 0, "num_key_value_heads is 0"),
+        ("gemma3.block_count", "I", 1 << 31, "num_hidden_layers is 2147483648"),
+        ("tokenizer.ggml.tokens", "Q", (1 << 64) - 1, "cut short or damaged"),
+    ],
+)
+def test_a_header_that_cannot_be(key, kind, value, message, gguf_file):
+    path = gguf_file("gemma3")
+    data = bytearray(path.read_bytes())
+    if key == "general.alignment":  # gets a key of that length
+        old = b"gemma3.block_count"
+        at = data.index(old) - 8
+        data[at : at + 8 + len(old)] = struct.pack("<Q", len(key)) + key.encode()
+        place = at + 8 + len(key) + 4
+    else:
+        place = data.index(key.encode()) + len(key) + (8 if kind == "Q" else 4)
+    data[place : place + struct.calcsize(kind)] = struct.pack(f"<{kind}", value)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        resolve_source(str(path))
+
+
+def test_a_gguf_file_is_read_wherever_a_decoder_only_model_is(gguf_file):
+    path = gguf_file("gemma3", "BF16")
+    for given in (path, path.parent):
+        found = load_checkpoint(str(given), dtype="float32")
+        ids = torch.randint(7, 263, (1, 12))
+        expected = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        expected.config.query_pre_attn_scalar = found.model.config.query_pre_attn_scalar
+        scale = found.model.config.query_pre_attn_scalar**-0.5
+        for layer in expected.model.layers:
+            layer.self_attn.scaling = scale
+        with torch.no_grad():
+            torch.testing.assert_close(found.model(ids).logits, expected(ids).logits)
+        assert found.tokenizer("a the").input_ids
+        assert load_original(str(given), "float32").config.num_hidden_layers == 7
+    assert load_config(str(path)).num_hidden_layers == 7
