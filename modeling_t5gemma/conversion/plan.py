@@ -166,7 +166,7 @@ def _check_shapes(writes: tuple[Write, ...], target: Target) -> None:
         if isinstance(write.origin, Copied):
             source = target.stack(write.origin.side).source
             stored = source.tensors[write.origin.name].shape
-            if (stored[0] * write.origin.repeats, *stored[1:]) != write.shape:
+            if (*(size * write.origin.repeats for size in stored[:1]), *stored[1:]) != write.shape:
                 needed = (write.shape[0] // write.origin.repeats, *write.shape[1:])
                 raise UserError(
                     f"{source.path} holds {write.origin.name} as {list(stored)}, but its config makes it "

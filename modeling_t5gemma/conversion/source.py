@@ -168,10 +168,10 @@ def _text_config(raw: dict[str, Any], family: Family, folder: Path) -> PreTraine
     config_file = folder / "config.json"
     with told(f"{config_file} is no valid {family.title} config", "Repair it"):
         config: PreTrainedConfig = load_config(folder).get_text_config()
-    if config.model_type != family.model_type:
+    kind = getattr(config, "model_type", None)
+    if kind != family.model_type:
         raise UserError(
-            f"{config_file} is of model type {config.model_type!r}; a {family.title} is {family.model_type!r}. Repair "
-            "it."
+            f"{config_file} is of model type {kind!r}; a {family.title} is {family.model_type!r}. Repair it."
         )
     known = {field.name for field in fields(config)} | _OTHER_SPELLINGS
     for name, value in (raw.get("text_config") or raw).items():
@@ -185,9 +185,8 @@ def _text_config(raw: dict[str, Any], family: Family, folder: Path) -> PreTraine
 
 
 def _family_of(config: dict[str, Any], file: Path) -> Family:
+    check_config(config, file)
     architectures = config.get("architectures") or []
-    if not isinstance(architectures, list) or not all(isinstance(each, str) for each in architectures):
-        raise UserError(f"{file} says architectures is {architectures!r}; it is a list of names. Repair it.")
     for family in FAMILIES.values():
         if any(architecture in family.architectures for architecture in architectures):
             return family

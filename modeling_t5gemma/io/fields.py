@@ -51,6 +51,9 @@ def check_config(raw: Mapping[str, Any], file: Path) -> None:
         UserError: they ask for code of their own, or a field has a value that no model has.
     """
     refuse_code(raw, file, own=AdaptedSeq2SeqConfig._AUTO_MAP if _is_adapted(raw) else {})
+    named = raw.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(each, str) for each in named)):
+        raise _wrong(file, "architectures", named, "a list of names")
     if "transformers_weights" in raw:
         raise UserError(f"{file} names other files of weights (transformers_weights). Save it with the usual ones.")
     for part, fields in _parts(raw):
@@ -89,6 +92,9 @@ def check_generation(raw: Mapping[str, Any], file: Path, vocabulary: int | None 
         value = raw.get(name)
         if value is not None and not (isinstance(value, list) and value and all(map(_is_token, _flat(value)))):
             raise _wrong(file, name, value, "a list of tokens")
+    bias = raw.get("sequence_bias")
+    if bias is not None and not (isinstance(bias, list | dict) and bias):
+        raise _wrong(file, "sequence_bias", bias, "a list of tokens and their biases")
     if raw.get("num_return_sequences") not in (None, 1):
         raise _wrong(file, "num_return_sequences", raw["num_return_sequences"], "1")
     _check_ids(raw, file, "", vocabulary)

@@ -50,10 +50,11 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: as ``read_text``, or it does not hold a JSON object, or one that is nested too deeply.
     """
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except UserError:
-        raise
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half a character, which cannot be written again
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
     if not isinstance(value, dict):

@@ -65,7 +65,8 @@ def test_what_is_no_file(name, kind, spoilt):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\xff", b"[]", b"{", b"[" * 100_000, b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}"]
+    "content",
+    [b'{"a": "\\ud800"}', b"", b"\xff", b"[]", b"{", b"[" * 100_000, b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}"],
 )
 def test_json_that_is_none(content, tmp_path):
     (tmp_path / "x.json").write_bytes(content)
@@ -95,6 +96,24 @@ def test_fields_of_a_stack(fields, spoilt):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"config\.json"):
         load_config(folder)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"architectures": 3}, {"architectures": [1.5]}, {"architectures": ["Gemma3ForCausalLM"], "decoder": 3}]
+)
+def test_fields_of_a_source(fields, spoilt, tmp_path):
+    folder = str(spoilt("decoder_only", **fields))
+    with pytest.raises(UserError, match=r"config\.json"):
+        prepare(ConversionOptions(folder, folder, tmp_path / "out"))
+
+
+def test_a_norm_that_is_one_number(spoilt, tmp_path):
+    folder = spoilt("decoder_only")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.zeros(())
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight as \[\]"):
+        prepare(ConversionOptions(str(folder), str(folder), tmp_path / "out"))
 
 
 def test_a_config_larger_than_its_files(spoilt):
