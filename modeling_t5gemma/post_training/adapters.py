@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import Any
 
@@ -33,7 +34,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings) -> Any:
             target_modules=settings.targets or (LORA_TARGETS if ours else DECODER_ONLY_TARGETS),
         )
         return get_peft_model(model, config)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise UserError(f"The adapter cannot be made: {' '.join(str(error).split())}") from error
 
 

@@ -14,6 +14,7 @@ from transformers import Seq2SeqTrainingArguments as TrainingArguments
 from ..collators import Layout
 from ..errors import UserError
 from ..text.rules import with_rule
+from ..training.checks import check_settings
 from ..training.examples import steps_of
 from ..training.loading import layout_of, load_student
 from ..training.run_folder import claim, describe
@@ -39,6 +40,7 @@ def make_dpo_trainer(settings: DpoRun) -> DpoTrainer:
     Raises:
         UserError: something in the settings cannot be used. The output folder of a run with other settings is refused.
     """
+    check_settings(settings)
     settings.dpo.check()
     told = describe(settings, free=())
     begun = _begin(settings, settings.data.max_target)
@@ -62,6 +64,7 @@ def make_dpo_trainer(settings: DpoRun) -> DpoTrainer:
 
 def make_grpo_trainer(settings: GrpoRun) -> GrpoTrainer:
     """As ``make_dpo_trainer``; an epoch takes ``num_iterations`` times as many steps."""
+    check_settings(settings)
     settings.grpo.check()
     rewards = load_rewards(settings.grpo.rewards)
     told = describe(settings, free=())

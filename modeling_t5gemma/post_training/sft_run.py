@@ -17,6 +17,7 @@ from ..collators import Layout
 from ..errors import UserError
 from ..io.text_files import read_text
 from ..text.rules import with_rule
+from ..training.checks import check_settings
 from ..training.examples import ShuffledExamples, rows_of_an_epoch, steps_of
 from ..training.loading import layout_of, load_model, load_teacher
 from ..training.rows import Rows
@@ -39,6 +40,7 @@ def make_trainer(settings: SftSettings) -> SftTrainer | DecoderOnlySftTrainer:
     Raises:
         UserError: something in the settings cannot be used. The output folder of a run with other settings is refused.
     """
+    check_settings(settings)
     data, training = settings.data, settings.training
     if settings.model.teacher_cache:
         raise UserError("A teacher's cache is of windows of text, not of answers: give model.teacher.")

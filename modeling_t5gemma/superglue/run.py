@@ -24,6 +24,7 @@ from transformers import Seq2SeqTrainingArguments as TrainingArguments
 
 from ..errors import UserError
 from ..training.checkpoints import complete_checkpoints, find
+from ..training.checks import check_settings
 from ..training.examples import steps_of
 from ..training.resumable import Diverged
 from .data import Example, encode, has_test_split, read_cases
@@ -71,6 +72,7 @@ def run_tasks(path: str, tasks: Sequence[Task], settings: Settings, output: Path
         UserError: something in the settings cannot be used. The folder of a run with other settings is refused.
         Stopped: a signal ended it; the same call goes on from there.
     """
+    check_settings(settings)
     check_space(settings.space)
     for size in settings.space.batch_sizes:
         _per_device(size, settings.training)

@@ -29,6 +29,7 @@ from ..errors import UserError
 from ..losses import IGNORED
 from .callbacks import CompleteCheckpoints, EndOnError, EndOnSignal, Progress, RatesOfSettings
 from .checkpoints import find, read_state, step_of, tidy
+from .checks import check_arguments
 from .curves import Curves, Panel
 from .meter import Meter
 from .rows import Rows
@@ -89,7 +90,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         describe: dict[str, Any] | None = None,
         processing_class: Any = None,
     ) -> None:
-        _check(args)
+        _check(model, args)
         if args.hub_token:  # every checkpoint has a file with the arguments
             os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
         args.ignore_data_skip = True
@@ -365,11 +366,9 @@ def _is_full(error: Exception) -> bool:
     return "No space left" in str(error) or "PytorchStreamWriter failed" in str(error)
 
 
-def _check(args: Seq2SeqTrainingArguments) -> None:
+def _check(model: PreTrainedModel, args: Seq2SeqTrainingArguments) -> None:
+    if args.device.type == "cpu" and model.config._attn_implementation == "flex_attention":
+        raise UserError("flex_attention has no gradient on a CPU: leave model.attention out, or take another.")
     if args.max_steps <= 0:
         raise UserError(f"max_steps is {args.max_steps}: rows don't end, so say after how many steps to stop.")
-    if args.use_liger_kernel or args.label_smoothing_factor or args.neftune_noise_alpha or args.load_best_model_at_end:
-        raise UserError(
-            "use_liger_kernel, label_smoothing_factor, neftune_noise_alpha and load_best_model_at_end have no meaning "
-            "here: leave them out."
-        )
+    check_arguments(args)

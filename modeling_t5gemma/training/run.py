@@ -14,6 +14,7 @@ from ..errors import UserError
 from ..io.tensors import check_finite_model
 from ..objectives import Objective, check_window, load_sentinels, save_sentinels, schedule_from, sentinels_of
 from ..text.rules import with_rule
+from .checks import check_settings
 from .loading import layout_of, load_student, load_teacher
 from .papers import copy_papers
 from .resumable import ResumableTrainer
@@ -34,6 +35,7 @@ def make_trainer(settings: AdaptSettings) -> AdaptationTrainer:
     Raises:
         UserError: something in the settings cannot be used. The output folder of a run with other settings is refused.
     """
+    check_settings(settings)
     output, training = Path(settings.training.output_dir), settings.training
     tokenizer = load_tokenizer(settings.model.path)
     sentinels = _sentinels(settings, tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -12,6 +13,7 @@ from jsonargparse import ArgumentParser
 from transformers import Seq2SeqTrainingArguments
 
 from ..errors import UserError
+from .checks import check_yaml
 
 S = TypeVar("S")
 
@@ -66,8 +68,17 @@ def instantiate(cli: ArgumentParser, arguments: list[str] | None = None) -> Any:
     Raises:
         UserError: transformers refuses the training settings.
     """
+    for file in _configs(sys.argv[1:] if arguments is None else arguments):
+        check_yaml(file)
     parsed = cli.parse_args(arguments)
     try:
         return cli.instantiate(parsed)
     except (ValueError, ImportError) as error:
         raise UserError(f"The training settings don't fit: {error}") from error
+
+
+def _configs(arguments: list[str]) -> list[Path]:
+    """The files that a command line names with --config."""
+    joined = [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
+    apart = [after for word, after in itertools.pairwise(arguments) if word == "--config"]
+    return [path for name in joined + apart if (path := Path(name)).is_file()]
