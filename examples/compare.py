@@ -42,7 +42,7 @@ from modeling_t5gemma.efficiency.memory import in_own_process, peak_bytes
 from modeling_t5gemma.errors import UserError
 from modeling_t5gemma.inference.batching import generate_ids
 from modeling_t5gemma.post_training.encoding import Example
-from modeling_t5gemma.post_training.records import load_records, require_columns
+from modeling_t5gemma.post_training.records import UNUSABLE, load_records, require_columns
 from modeling_t5gemma.post_training.rendering import Renderer
 from modeling_t5gemma.training.loading import layout_of, load_model
 from modeling_t5gemma.training.settings import ModelSettings
@@ -169,6 +169,9 @@ def read_test(setup: Setup) -> list[tuple[str, str]]:
     """
     records = load_records(setup.test)
     require_columns(records, ["prompt", "completion"], setup.test)
+    if UNUSABLE in records.column_names:
+        reasons = ((number, reason) for number, reason in enumerate(records[UNUSABLE], 1) if reason)
+        raise UserError("{}: record {} is {}. Correct it.".format(setup.test, *next(reasons)))
     records = records.select(range(min(setup.limit, len(records))))
     return list(zip(records["prompt"], records["completion"], strict=True))
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Value
+from datasets import Features, Value
 from jsonargparse import ArgumentParser
 from sentence_transformers import (
     SentenceTransformer,
@@ -180,17 +180,23 @@ def pairs_of(data: PairsSettings, path: str) -> Any:
     """
     records = load_records(path)
     require_columns(records, [data.query, data.document], path)
-    for column in (data.query, data.document):
-        if (kind := records.features[column]) != Value("string"):
-            raise UserError(f"The column {column!r} of {path} does not hold texts, but {kind}: name another.")
     chosen = records.select_columns([data.query, data.document])
     chosen = chosen.rename_columns({data.query: "query", data.document: "document"})
-    whole = chosen.filter(lambda query, document: bool(query and document), input_columns=["query", "document"])
+    whole = chosen.filter(_both_texts, input_columns=["query", "document"])
     if not len(whole):
+        for column in (data.query, data.document):
+            if (kind := records.features[column]) != Value("string"):
+                raise UserError(f"The column {column!r} of {path} does not hold texts, but {kind}: name another.")
         raise UserError(f"{path} has no pair of two texts in {data.query!r} and {data.document!r}.")
     if len(whole) < len(chosen):
-        tqdm.write(f"{path}: left out {len(chosen) - len(whole)} of {len(chosen)} pairs, which lack a text")
-    return whole
+        odd = next(n for n, pair in enumerate(chosen, 1) if not _both_texts(pair["query"], pair["document"]))
+        left_out = len(chosen) - len(whole)
+        tqdm.write(f"{path}: left out {left_out} of {len(chosen)} pairs, which lack a text; the first: record {odd}")
+    return whole.map(lambda pair: pair, features=Features(dict.fromkeys(whole.column_names, Value("string"))))
+
+
+def _both_texts(query: Any, document: Any) -> bool:
+    return all(isinstance(text, str) and text for text in (query, document))
 
 
 def retrieval(pairs: Any, batch_size: int) -> InformationRetrievalEvaluator:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..cross_attention import kind_of
 from ..errors import UserError
+from ..text.messages import check_written, with_plain_content
 from ..text.rules import source_begin, source_ids, turn_ends
 
 Messages = list[dict[str, Any]]
@@ -55,9 +56,10 @@ class Prompts:
         """Messages as the chat template writes them, up to where the assistant's answer begins.
 
         Raises:
-            UserError: there is no template, or it refuses them.
+            UserError: there is no template, or it refuses them or does not write them whole.
         """
         text = self.rendered(messages, add_generation_prompt=True)
+        check_written(text, messages, self._applied)
         if self.decoder_only:
             return self._tokens(text, add_special_tokens=False)
         return source_ids(self.tokenizer, text, self.begin)
@@ -79,6 +81,7 @@ class Prompts:
             UserError: there is no template, or it refuses the messages.
         """
         self._check_template()
+        messages = with_plain_content(messages)
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages,
@@ -89,6 +92,12 @@ class Prompts:
         except Exception as error:  # a template is a program: what it raises can be anything
             raise UserError(f"The chat template refuses the messages: {' '.join(str(error).split())}") from error
         return text
+
+    def _applied(self, messages: Messages) -> str | None:
+        try:
+            return self.rendered(messages, add_generation_prompt=True)
+        except UserError:
+            return None
 
     def turn_ends(self) -> list[int]:
         """The token that ends the assistant's turn in the chat template (Gemma's ``<end_of_turn>``), if one does.

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.lines import UnusableRecord, parse_text
 from ..errors import UserError
 from .prompts import Messages, Prompts
 
@@ -108,14 +109,9 @@ class Encoder:
 
 def _row(text: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(text)
-        json.dumps(row, ensure_ascii=False).encode()  # as the answer will be
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair
-        raise UserError(f"{where} is not Unicode (a lone surrogate). Correct it.") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON ({error}).") from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where} is a {type(row).__name__}, not an object with columns.")
+        row = parse_text(text.encode())
+    except UnusableRecord as error:
+        raise UserError(f"{where} is {error}. Correct it.") from error
     if ANSWER in row:
         raise UserError(f"{where} has a column {ANSWER!r} already, where the answer goes. Rename it.")
     return row

@@ -11,7 +11,7 @@ from ..errors import UserError
 
 # The largest of a checkpoint's text files are its tokenizer's: Gemma 3's has 33 MB.
 _LARGEST = 256 << 20
-_DEEPEST = 64
+DEEPEST = 64
 _AGAIN = "Download it again."
 
 
@@ -59,8 +59,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object. Download it again.")
-    if not _is_shallow(value, _DEEPEST):
-        raise UserError(f"{path} is nested deeper than {_DEEPEST} levels, which is no such file. Download it again.")
+    if not is_shallow(value):
+        raise UserError(f"{path} is nested deeper than {DEEPEST} levels, which is no such file. Download it again.")
     return value
 
 
@@ -93,8 +93,9 @@ def check_own(path: Path) -> None:
         raise UserError(f"{path} is a link, which is not followed here. Put the file itself in its place.")
 
 
-def _is_shallow(value: Any, levels: int) -> bool:
+def is_shallow(value: Any, levels: int = DEEPEST) -> bool:
+    """Whether lists and dicts are nested at most so deep."""
     if not isinstance(value, dict | list):
         return True
     inner = value.values() if isinstance(value, dict) else value
-    return levels > 0 and all(_is_shallow(each, levels - 1) for each in inner)
+    return levels > 0 and all(is_shallow(each, levels - 1) for each in inner)

@@ -16,12 +16,12 @@ from ..errors import UserError
 from ..objectives import Tokens
 from ..training.sources import import_datasets
 from ..training.tokenizing import vocabulary_of
-from .records import require_columns
+from .records import UNUSABLE, require_columns
 from .rendering import Renderer, Text, UnusableRecord, check_order
 from .settings import ColumnsSettings
 
 # Of what is stored: a change of what records become needs another number, or old tokens are found again.
-_VERSION = 3
+_VERSION = 4
 _NAMED = 5
 _TOO_LONG = "longer than max_source or max_target"
 
@@ -250,6 +250,8 @@ class _Encode:
             record = {name: values[place] for name, values in batch.items()}
             where = f"{self.name}:{number + 1}"
             try:
+                if record.get(UNUSABLE):
+                    raise UnusableRecord(record[UNUSABLE])
                 for prompt, answer, turn in turns_of(record, self.columns, self.turns):
                     rows.append({**self._row(prompt, answer, self._tools(record), where + turn), "record": number})
             except UnusableRecord as error:
@@ -259,7 +261,7 @@ class _Encode:
     def _row(self, prompt: Text, answer: Text, tools: Any, where: str) -> dict[str, Any]:
         try:
             source = self.renderer.source(prompt, tools)
-            target = self.renderer.answer(answer, prompt, tools)
+            target = self.renderer.answer(answer, source.prompt, tools)
         except UnusableRecord as error:
             return _skipped(where, str(error))
         if self.longer == "skip" and (source.cut or target.cut):

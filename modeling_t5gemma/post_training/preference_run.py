@@ -18,6 +18,7 @@ from ..training.checks import check_settings
 from ..training.examples import steps_of
 from ..training.loading import layout_of, load_student
 from ..training.run_folder import claim, describe
+from ..training.sources import import_datasets
 from ..training.tokenizing import load_tokenizer, vocabulary_of
 from .adapters import add_adapter
 from .dpo import DpoTrainer
@@ -146,7 +147,9 @@ def _read(
     records = records.remove_columns([own for own in data.columns if own in records.column_names])
     records = records.rename_columns({there: own for own, there in data.columns.items()})
     if data.chat:
-        records = records.map(_in_messages)
+        datasets = import_datasets()
+        said = {name: datasets.Json() for name in _ROLES if name in records.column_names}
+        records = records.map(_in_messages, features=datasets.Features({**records.features, **said}))
     made, report = load(records, renderer, name, data.max_bad)
     if training.should_log and str(report):
         tqdm.write(f"{name} ({source.split}): {len(made)} examples; {report}")

@@ -15,7 +15,7 @@ import numpy as np
 from ..collators import Layout, collate
 from ..errors import UserError
 from ..training.evaluation import HeldOutPair
-from .records import require_columns
+from .records import UNUSABLE, require_columns
 from .rendering import Ids, Messages, Renderer, Text, UnusableRecord
 
 
@@ -112,7 +112,7 @@ def load_pairs(records: Any, renderer: Renderer, what: str, max_bad: int) -> tup
         prompt, *answers = _parts(record)
         tools = record.get("tools")
         source = renderer.source(prompt, tools)
-        chosen, rejected = (renderer.answer(answer, prompt, tools) for answer in answers)
+        chosen, rejected = (renderer.answer(answer, source.prompt, tools) for answer in answers)
         if np.array_equal(chosen.ids, rejected.ids):
             raise UnusableRecord("both answers are the same")
         cut = source.cut + chosen.cut + rejected.cut
@@ -167,7 +167,10 @@ def _made(
     for number, record in enumerate(records, 1):
         where = f"{what}:{number}"
         try:
-            example = make(dict(record), where)
+            row = dict(record)
+            if reason := row.pop(UNUSABLE, None):
+                raise UnusableRecord(reason)
+            example = make(row, where)
         except UnusableRecord as error:
             loaded.skipped[str(error)] += 1
             if len(loaded.first) < 3:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import glob
-import json
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..data.lines import UnusableRecord, read_records
 from ..errors import UserError
 from ..training.sources import import_datasets
 
 _KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+UNUSABLE = "unusable record"
 
 
 def load_records(path: str, *, name: str | None = None, split: str = "train", revision: str | None = None) -> Any:
-    """A map-style ``datasets.Dataset``, memory-mapped.
+    """A map-style ``datasets.Dataset``, memory-mapped. Where lines of JSON are bad it has a column more,
+    ``UNUSABLE``, with the reason in their rows.
 
     Args:
         path: a .jsonl, .json or .parquet file, a folder of them, or a Hub data set.
@@ -24,13 +28,20 @@ def load_records(path: str, *, name: str | None = None, split: str = "train", re
         revision: branch, tag or commit of a Hub data set.
 
     Raises:
-        UserError: nothing is there, it cannot be read (a line that is no JSON is named), or it is empty.
+        UserError: nothing is there, it cannot be read, or no record can.
     """
     place = Path(path).expanduser()
     if place.is_file():
-        records = _of_file(place, split)
+        if place.suffix not in _KINDS:
+            raise UserError(f"{place} is none of {', '.join(_KINDS)}.")
+        if split != "train":
+            raise UserError(f"{place} is one file and has no split {split!r}: leave split out, or give a folder.")
+        if _KINDS[place.suffix] == "json":
+            records = _of_files(path, [place])
+        else:
+            records = _loaded(path, "parquet", data_files=glob.escape(str(place)), split="train")
     elif place.is_dir():
-        records = _loaded(path, str(place), split=split)
+        records = _of_folder(path, place, split)
     elif place.suffix in _KINDS or path.startswith((".", "/", "~")):
         raise UserError(f"{path} does not exist. Give a file, a folder or a Hub data set.")
     else:
@@ -51,42 +62,68 @@ def require_columns(records: Any, wanted: Sequence[str], what: str) -> None:
         UserError: a column is missing; names those that are there.
     """
     if missing := [column for column in wanted if column not in records.column_names]:
+        there = [repr(name) for name in records.column_names if name != UNUSABLE]
         raise UserError(
-            f"{what} has no column {', '.join(map(repr, missing))}. It has "
-            f"{', '.join(map(repr, records.column_names)) or 'none'}: rename one, or choose other columns."
+            f"{what} has no column {', '.join(map(repr, missing))}. It has {', '.join(there) or 'none'}: rename one, "
+            "or choose other columns."
         )
 
 
-def _of_file(file: Path, split: str) -> Any:
-    if file.suffix not in _KINDS:
-        raise UserError(f"{file} is none of {', '.join(_KINDS)}.")
-    if split != "train":
-        raise UserError(f"{file} is one file and has no split {split!r}: leave split out, or give a folder.")
-    return _loaded(str(file), _KINDS[file.suffix], data_files=glob.escape(str(file)), split="train")
+def _of_files(path: str, files: list[Path]) -> Any:
+    """JSON, record by record: what is bad becomes a row with the reason in the column ``UNUSABLE``."""
+    columns: dict[str, bool] = {}
+    bad = []
+    for row, where in _rows(files):
+        if isinstance(row, UnusableRecord):
+            bad.append(f"{where}: {row}")
+            continue
+        for name, value in row.items():
+            columns[name] = columns.get(name, True) and isinstance(value, str | None)
+    if not columns:
+        raise UserError(f"{path} cannot be read: it has no records{', but ' + '; '.join(bad[:3]) if bad else ''}.")
+    datasets = import_datasets()
+    features = {name: datasets.Value("string") if plain else datasets.Json() for name, plain in columns.items()}
+    if bad:
+        features[UNUSABLE] = datasets.Value("string")
+    facts = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return datasets.Dataset.from_generator(
+        _generate, datasets.Features(features), gen_kwargs={"names": tuple(features), "facts": facts}
+    )
+
+
+def _generate(names: tuple[str, ...], facts: tuple[tuple[str, int, int], ...]) -> Iterator[dict[str, Any]]:
+    """The rows of files; sizes and times are there for the cache to tell changed ones."""
+    for row, _ in _rows([Path(file) for file, _, _ in facts]):
+        found = {UNUSABLE: str(row)} if isinstance(row, UnusableRecord) else row
+        yield {name: found.get(name) for name in names}
+
+
+def _rows(files: list[Path]) -> Iterator[tuple[dict[str, Any] | UnusableRecord, str]]:
+    return itertools.chain.from_iterable(map(read_records, files))
+
+
+def _of_folder(path: str, folder: Path, split: str) -> Any:
+    """Which files are of a split is for ``datasets`` to say."""
+    with _told(path):
+        splits = import_datasets().load_dataset_builder(str(folder)).config.data_files
+        if split not in splits:
+            raise ValueError(f"it has no split {split!r}, but {', '.join(map(str, splits))}")
+    files = [Path(file) for file in splits[split]]
+    if all(_KINDS.get(file.suffix) == "json" for file in files):
+        return _of_files(path, files)
+    return _loaded(path, str(folder), split=split)
 
 
 def _loaded(path: str, what: str, **options: Any) -> Any:
+    with _told(path):
+        return import_datasets().load_dataset(what, **options)
+
+
+@contextmanager
+def _told(path: str) -> Iterator[None]:
     datasets = import_datasets()
     try:
-        return datasets.load_dataset(what, **options)
+        yield
     except (OSError, TypeError, ValueError, StopIteration, datasets.exceptions.DatasetGenerationError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
-        why = _bad_line(Path(path).expanduser()) or cause or "it has no records."
+        why = " ".join(str(error.__cause__ or error).split()) or "it has no records."
         raise UserError(f"{path} cannot be read: {why}") from error
-
-
-def _bad_line(file: Path) -> str | None:
-    """The first line of a file of JSON lines that is no object."""
-    if file.suffix != ".jsonl" or not file.is_file():
-        return None
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                return f"line {number} is not valid JSON ({error})."
-            if not isinstance(row, dict):
-                return f"line {number} is a {type(row).__name__}, not an object with columns."
-    return None

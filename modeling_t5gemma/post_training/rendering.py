@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..data.lines import UnusableRecord as UnusableRecord
 from ..errors import UserError
+from ..text.messages import check_written, plain, with_plain_content
 from ..text.rules import source_ids, turn_ends
 
 Messages = list[dict[str, Any]]
 Text = str | Messages
 Ids = npt.NDArray[np.int32]
 
-# What a message says, by the names that public sets give it; a template may leave out any other key.
-_SAID = ("content", "tool_calls", "function_call", "reasoning_content", "thinking")
+_COUNTS = 1 << 14
 # Stands before an answer that comes without its question.
 _SOME_QUESTION: Messages = [{"role": "user", "content": "?"}]
 _BEFORE: dict[str, set[str | None]] = {
@@ -33,19 +34,17 @@ _BEFORE: dict[str, set[str | None]] = {
 }
 
 
-class UnusableRecord(UserError):
-    """A record that nothing can be learnt from; its text is the reason, for counting."""
-
-
 @dataclass(frozen=True, eq=False)
 class Rendered:
     """Attributes:
     ids: int32 tokens, without ``<bos>``.
-    cut: how many more there were.
+    cut: how many more there were; of turns that are left out, in what they say.
+    prompt: of a question, without the turns that are left out.
     """
 
     ids: Ids
     cut: int
+    prompt: Text | None = None
 
 
 class Renderer:
@@ -68,6 +67,8 @@ class Renderer:
             raise UserError(f"max_source ({max_source}) begins at 2, max_target ({max_target}) at 1.")
         self.tokenizer, self.max_source, self.max_target, self.tools = tokenizer, max_source, max_target, tools
         self._eos = np.array([tokenizer.eos_token_id], np.int32)
+        self._turns = 1
+        self._counts: dict[str, int] = {}  # each answer of a conversation counts its oldest messages again
 
     def source(self, prompt: Text, tools: Any = None) -> Rendered:
         """What the encoder reads.
@@ -84,18 +85,18 @@ class Renderer:
             ids = self._tokens(prompt)
             if not prompt.strip() or not len(ids):
                 raise UnusableRecord("empty question")
-            return self._fitted(ids, len(ids))
+            return self._fitted(ids, len(ids), prompt)
         check_order([*prompt, {"role": "assistant", "content": ""}])
         if not _says(prompt[-1]):
             raise UnusableRecord("empty question")
-        text = self._question(prompt, tools)
-        self._check_written(text, prompt, tools)
+        recent = self._recent(prompt, tools)
+        text = self._question(recent, tools)
+        check_written(text, recent, lambda changed: self._applied(changed, tools, add_generation_prompt=True))
+        left_out = len(prompt) - len(recent)
+        first = next(number for number, message in enumerate(prompt) if message["role"] == "user")
+        cut = sum(self._count(plain(message.get("content")) or "") for message in prompt[first : first + left_out])
         ids = self._tokens(text)
-        whole = len(ids)
-        while len(ids) > self.max_source and (shorter := _without_oldest_turn(prompt)) is not None:
-            prompt = shorter
-            ids = self._tokens(self._question(prompt, tools))
-        return self._fitted(ids, whole)
+        return self._fitted(ids, len(ids) + cut, recent)
 
     def answer(self, answer: Text, prompt: Text | None = None, tools: Any = None) -> Rendered:
         """What the decoder has to say: a plain string and the end of the sequence, or the assistant's message as the
@@ -103,7 +104,8 @@ class Renderer:
 
         Args:
             answer: a string, or a list of one message of the assistant.
-            prompt: the question, uncut, on which a template may make the answer depend; some other if left out.
+            prompt: the question, on which a template may make the answer depend: ``Rendered.prompt``, which of a long
+                conversation is short. Some other if left out.
             tools: as in ``source``.
 
         Raises:
@@ -141,42 +143,49 @@ class Renderer:
         whole = self._apply([*before, *answer], tools, add_generation_prompt=False)
         if not whole.startswith(question):
             raise UnusableRecord("the chat template changes the question when it is answered")
-        for key in _SAID:
-            without = [{**answer[0], key: "" if key == "content" else None}]
-            if answer[0].get(key) and whole == self._applied([*before, *without], tools, add_generation_prompt=False):
-                raise UnusableRecord(f"{key} of the assistant, for which the chat template has no place")
+        check_written(
+            whole[len(question) :],
+            answer,
+            lambda changed: self._applied([*before, *changed], tools, add_generation_prompt=False, behind=question),
+        )
         ids, begin = self._tokens(whole), self._tokens(question)
         if np.array_equal(ids[: len(begin)], begin):
             return ids[len(begin) :]
         # Characters on both sides of the border make one token together. Whoever generates starts at the border.
         return self._tokens(whole[len(question) :])
 
+    def _recent(self, prompt: Messages, tools: Any) -> Messages:
+        """What stands before the first turn, and the latest turns that there is room for, at least one. What is older
+        is not rendered: a long conversation has many questions."""
+        turns = [number for number, message in enumerate(prompt) if message["role"] == "user"]
+
+        def fits(count: int) -> bool:
+            text = self._question([*prompt[: turns[0]], *prompt[turns[-count] :]], tools)
+            return len(self._tokens(text)) <= self.max_source
+
+        few, many, step = 1, len(turns) + 1, 1  # taken as fitting, and as not fitting
+        likely = [self._turns, self._turns + 1]  # the next question of a conversation has room for as many
+        while many - few > 1:
+            count = likely.pop(0) if likely else min(few + step, (few + many) // 2)
+            if few < count < many:
+                few, many, step = (count, many, 2 * step) if fits(count) else (few, count, step)
+        self._turns = few
+        return [*prompt[: turns[0]], *prompt[turns[-few] :]]
+
+    def _count(self, text: str) -> int:
+        if text not in self._counts:
+            if len(self._counts) == _COUNTS:
+                self._counts.clear()
+            self._counts[text] = len(self._tokens(text))
+        return self._counts[text]
+
     def _question(self, prompt: Messages, tools: Any) -> str:
         return self._apply(prompt, tools, add_generation_prompt=True)
 
-    def _check_written(self, text: str, prompt: Messages, tools: Any) -> None:
-        """Refuse a question of which the template left something out.
-
-        Raises:
-            UnusableRecord: names what.
-        """
-        place = 0
-        for number, message in enumerate(prompt):
-            content = _plain(message.get("content"))
-            found = text.find(content.strip(), place) if isinstance(content, str) else -1
-            place = max(place, found)
-            for key in ("content", "tool_calls", "function_call"):
-                if not message.get(key) or (key == "content" and found >= 0):
-                    continue
-                without = {**message, key: "" if key == "content" else None}
-                changed = [*prompt[:number], without, *prompt[number + 1 :]]
-                if text == self._applied(changed, tools, add_generation_prompt=True):
-                    raise UnusableRecord(f"{key} of {message['role']}, for which the chat template has no place")
-
-    def _applied(self, messages: Messages, tools: Any, *, add_generation_prompt: bool) -> str | None:
-        """As ``_apply``; None where the template refuses it."""
+    def _applied(self, messages: Messages, tools: Any, *, add_generation_prompt: bool, behind: str = "") -> str | None:
+        """As ``_apply``, what stands behind a text that it begins with; None where the template refuses it."""
         try:
-            return self._apply(messages, tools, add_generation_prompt=add_generation_prompt)
+            return self._apply(messages, tools, add_generation_prompt=add_generation_prompt)[len(behind) :]
         except UnusableRecord:
             return None
 
@@ -199,7 +208,7 @@ class Renderer:
 
     def _template(self, messages: Messages, tools: Any, add_generation_prompt: bool) -> str:
         text: str = self.tokenizer.apply_chat_template(
-            _without_none(_with_plain_content(messages)),
+            _without_none(with_plain_content(messages)),
             tools=tools,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
@@ -210,11 +219,11 @@ class Renderer:
         """Without ``<bos>``, which a template may have written and the layout of a batch puts before it."""
         return np.array(source_ids(self.tokenizer, text, None), np.int32)
 
-    def _fitted(self, ids: Ids, whole: int) -> Rendered:
+    def _fitted(self, ids: Ids, whole: int, prompt: Text) -> Rendered:
         if len(ids) > self.max_source:
             tail = self.max_source // 2
             ids = np.concatenate([ids[: self.max_source - tail], ids[len(ids) - tail :]])
-        return Rendered(ids, whole - len(ids))
+        return Rendered(ids, whole - len(ids), prompt)
 
 
 def check_order(messages: Messages) -> None:
@@ -235,38 +244,11 @@ def check_order(messages: Messages) -> None:
         before = role
 
 
-def _without_oldest_turn(prompt: Messages) -> Messages | None:
-    """From the second user's message on, behind what stands before the first; None when there is only one."""
-    users = [number for number, message in enumerate(prompt) if message["role"] == "user"]
-    return None if len(users) < 2 else [*prompt[: users[0]], *prompt[users[1] :]]
-
-
 def _says(message: dict[str, Any]) -> bool:
     """Whether a message says or calls something."""
-    content = _plain(message.get("content"))
+    content = plain(message.get("content"))
     said = content.strip() if isinstance(content, str) else content
     return bool(said or message.get("tool_calls") or message.get("function_call"))
-
-
-def _with_plain_content(messages: Messages) -> Messages:
-    return [{**each, "content": _plain(each["content"])} if "content" in each else each for each in messages]
-
-
-def _plain(content: Any) -> Any:
-    """Content in parts ({"type": "text", "text": ...}) as one text: many templates write the list itself.
-
-    Raises:
-        UnusableRecord: a part is no text.
-    """
-    if not isinstance(content, list):
-        if content is None or isinstance(content, str):
-            return content
-        raise UnusableRecord(f"content is of type {type(content).__name__}, neither a text nor parts")
-    for part in content:
-        if not (isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise UnusableRecord(f"content with a part that is no text ({kind})")
-    return "".join(part["text"] for part in content)
 
 
 def _without_none(value: Any) -> Any:

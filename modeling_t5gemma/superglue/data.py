@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.lines import UnusableRecord, read_records
 from ..errors import UserError
 from ..training.sources import import_datasets
 from .settings import HUB
@@ -71,13 +71,10 @@ def _local_files(folder: Path, task: Task, split: str) -> list[Path]:
 
 
 def _json_lines(file: Path) -> Iterator[tuple[Row, str]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line), f"{file}:{number}"
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{file}:{number} is not valid JSON ({error}). Correct the line.") from error
+    for row, where in read_records(file):
+        if isinstance(row, UnusableRecord):  # without it the score would be another benchmark's
+            raise UserError(f"{where} is {row}. Correct the line.")
+        yield row, where
 
 
 def _parquet(file: Path) -> Iterator[tuple[Row, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import itertools
-import json
 import math
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+from ..data.lines import UnusableRecord, parse, raw_records
 from ..errors import UserError
 from ..io.text_files import decode
 
@@ -167,9 +167,9 @@ class TextSource:
         if kind == "parquet":
             rows = self._opened("parquet", data_files=glob.escape(str(file)), split="train", streaming=True)
             yield from _numbered(rows, f"{file}, record", 0)
-        elif kind == "json" and file.suffix == ".json" and _is_array(file):
-            yield from _numbered(_array(file), f"{file}, record", 0)
-        elif kind == "json" or self.sample_by == "line":
+        elif kind == "json":
+            yield from raw_records(file)
+        elif self.sample_by == "line":
             with file.open("rb") as lines:
                 yield from ((line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip())
         elif self.sample_by == "paragraph":
@@ -182,13 +182,8 @@ class TextSource:
             yield file.read_bytes(), str(file)
 
     def _parse(self, kind: str, content: Any, where: str) -> Record | BadRecord:
-        if not isinstance(content, bytes):
+        if kind != "text":
             return self._row(content, where)
-        if kind == "json":
-            try:
-                return self._row(json.loads(content), where)
-            except (ValueError, RecursionError):
-                return BadRecord("not valid JSON", where)
         try:
             text = decode(content)
         except UnicodeDecodeError:
@@ -198,8 +193,10 @@ class TextSource:
         return self._text(text.rstrip("\n") if self.sample_by != "document" else text, where)
 
     def _row(self, row: Any, where: str) -> Record | BadRecord:
-        if not isinstance(row, dict):
-            return BadRecord("not an object with columns", where)
+        try:
+            row = parse(row)
+        except UnusableRecord as error:
+            return BadRecord(str(error), where)
         if self.column not in row:
             return BadRecord(f"no column {self.column!r} (has {_named(row)})", where)
         return self._text(row[self.column], where)
@@ -261,22 +258,6 @@ def _numbered(rows: Iterable[Any], where: str, start: int) -> Iterator[tuple[Any
 
 def _is_hidden(file: Path, folder: Path) -> bool:
     return any(part.startswith(".") for part in file.relative_to(folder).parts)
-
-
-def _is_array(file: Path) -> bool:
-    with file.open("rb") as lines:
-        first = next((line for line in lines if line.strip()), b"")
-    return first.lstrip(b"\xef\xbb\xbf \t").startswith(b"[")
-
-
-def _array(file: Path) -> list[Any]:
-    try:
-        rows: list[Any] = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is not valid JSON ({error}). Only of JSON lines can single records be bad."
-        ) from error
-    return rows
 
 
 def _named(columns: Iterable[str]) -> str:

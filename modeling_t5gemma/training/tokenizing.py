@@ -13,6 +13,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections import Counter, deque
@@ -42,6 +43,9 @@ _NO_TOKENS = "no tokens"
 # What goes to a process at once: enough that sending it costs little, and little enough to be held for each process.
 _BATCH_CHARACTERS, _BATCH_RECORDS = 1 << 20, 1024
 _BATCHES_A_PROCESS = 3
+# Characters that are tokenised at once, and how far before their end a place to cut is looked for.
+_PIECE, _NEAR = 1 << 20, 1 << 12
+_SPACE = re.compile(r"(?<=\S) (?=\S)")
 
 Batch: TypeAlias = list[Record | BadRecord]
 
@@ -92,14 +96,36 @@ def vocabulary_of(tokenizer: Any, name: str) -> Vocabulary:
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[Tokens]:
     """The tokens of each text, int32, without special tokens: a text that spells one ("<pad>") gets ordinary tokens.
 
-    Left to itself a tokenizer would turn the spelling into padding, an end of sequence or a sentinel.
+    Left to itself a tokenizer would turn the spelling into padding, an end of sequence or a sentinel. A long text is
+    tokenised in pieces, which are cut before a single space, where words begin: a tokenizer takes 200 bytes for each
+    character.
     """
     if not texts:
         return []
+    pieces = [_pieces(text) for text in texts]
     encoded = tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        [first for first, *_ in pieces],
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
     )
-    return [np.array(ids, np.int32) for ids in encoded["input_ids"]]
+    made = [np.array(ids, np.int32) for ids in encoded["input_ids"]]
+    return [
+        np.concatenate([ids, *(encode(tokenizer, [piece])[0] for piece in more)])
+        for ids, (_, *more) in zip(made, pieces)
+    ]
+
+
+def _pieces(text: str) -> list[str]:
+    pieces = []
+    begin = 0
+    while len(text) - begin > _PIECE:
+        end = begin + _PIECE
+        spaces = [match.start() for match in _SPACE.finditer(text, end - _NEAR, end)]
+        pieces.append(text[begin : (end := spaces[-1] if spaces else end)])
+        begin = end
+    return [*pieces, text[begin:]]
 
 
 class TokenStream:

@@ -101,7 +101,7 @@ def test_chat_and_messages_are_the_same_question(checkpoints, invoke, tmp_path):
         ("in.txt", b"the cat\nthe \xff mat\n", "line 2, is not UTF-8.*byte 4"),
         ("in.txt", b"the cat\n" + b"a " * 300, r"line 2, is \d+ tokens long.*at most 256.*--truncate"),
         ("in.jsonl", b'{"prompt": "a"}\n{"prompt": "a"\n', "line 2, is not valid JSON"),
-        ("in.jsonl", b'{"prompt": "a"}\n["a"]\n', "line 2, is a list"),
+        ("in.jsonl", b'{"prompt": "a"}\n["a"]\n', "line 2, is not an object"),
         (
             "in.jsonl",
             b'{"prompt": "a"}\n{"text": "a"}\n',

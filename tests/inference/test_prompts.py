@@ -54,6 +54,15 @@ def test_no_template_names_the_other_command():
         Prompts.of(MAKE["separate"](), make_tokenizer(None)).chat(TURNS)
 
 
+def test_messages_are_written_whole_or_refused():
+    prompts = Prompts.of(MAKE["separate"](), make_tokenizer())
+    (question, answer, *rest) = TURNS
+    parts = {**question, "content": [{"type": "text", "text": question["content"]}]}
+    assert prompts.chat([parts, answer, *rest]) == prompts.chat(TURNS)
+    with pytest.raises(UserError, match="tool_calls of assistant, for which the chat template has no place"):
+        prompts.chat([question, {**answer, "tool_calls": [{"function": {"name": "f"}}]}, *rest])
+
+
 def test_what_a_template_refuses():
     with pytest.raises(UserError, match=r"refuses.*alternate"):
         Prompts.of(MAKE["separate"](), make_tokenizer()).chat(TURNS[1:])

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from modeling_t5gemma.errors import UserError
-from modeling_t5gemma.post_training.records import load_records, require_columns
+from modeling_t5gemma.post_training.records import UNUSABLE, load_records, require_columns
 from tests.post_training.chat import assistant, user, write
 
 ROWS = [{"prompt": f"q{n}", "completion": f"a{n}"} for n in range(5)]
@@ -46,8 +46,8 @@ def test_arguments_of_different_tools_keep_their_own_keys(tmp_path):
     [
         ("none.jsonl", None, "does not exist"),
         ("./nowhere", None, "does not exist"),
-        ("broken.jsonl", '{"a": 1}\n\n{"a": \n', "line 3 is not valid JSON"),
-        ("list.jsonl", '{"a": 1}\n[1]\n', "line 2 is a list, not an object"),
+        ("broken.jsonl", '{"a": \n', r"broken.jsonl:1: not valid JSON"),
+        ("list.jsonl", "\n[1]\n", r"list.jsonl:2: not an object"),
         ("empty.jsonl", "", "cannot be read|no records"),
         ("text.txt", "hello", "none of .jsonl, .json, .parquet"),
     ],
@@ -58,6 +58,27 @@ def test_what_cannot_be_read_is_told(tmp_path, name, content, words):
         path.write_text(content)
     with pytest.raises(UserError, match=words):
         load_records(name if name.startswith("./") else str(path))
+
+
+def test_bad_lines_are_rows_with_a_reason(tmp_path):
+    """Ones that end a table's own reader with an error, or its process with a crash."""
+    lines = ['{"a": "b"}', '{"a": ', "[1]", '{"a": 3}', '{"b": "\\ud800"}', '{"a":' * 100_000 + "1" + "}" * 100_000]
+    lines += ['{"a":' + "[" * 100 + "]" * 100 + "}"]
+    (tmp_path / "rows.jsonl").write_bytes("\ufeff".encode() + "\r\n".join(lines).encode() + b'\n{"a": "\xff"}')
+    records = load_records(str(tmp_path / "rows.jsonl"))
+    assert records["a"][:] == ["b", None, None, 3, None, None, None, None]
+    assert records[UNUSABLE][:] == [
+        None,
+        "not valid JSON",
+        "not an object with columns",
+        None,
+        "not Unicode (a lone surrogate)",
+        "not valid JSON",
+        "nested deeper than 64 levels",
+        "not UTF-8",
+    ]
+    (tmp_path / "rows.jsonl").write_text('{"a": "changed"}\n')
+    assert load_records(str(tmp_path / "rows.jsonl")).to_list() == [{"a": "changed"}]
 
 
 def test_missing_columns_are_told_with_those_found(tmp_path):

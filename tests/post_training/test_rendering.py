@@ -63,7 +63,8 @@ def test_a_long_conversation_loses_its_oldest_turns_and_keeps_system_and_questio
     rest = rendered([system, *messages[3:]], add_generation_prompt=True)
     whole = rendered(messages, add_generation_prompt=True)
     found = renderer(source=len(whole) - 1).source(messages)
-    assert found.ids.tolist() == rest and found.cut == len(whole) - len(rest)
+    said = sum(len(TOKENIZER(each["content"], add_special_tokens=False)["input_ids"]) for each in messages[1:3])
+    assert found.ids.tolist() == rest and found.cut == said and found.prompt == [system, *messages[3:]]
     question = rendered([system, messages[-1]], add_generation_prompt=True)
     shortest = renderer(source=len(question) - 4).source(messages)
     assert len(shortest.ids) == len(question) - 4 and shortest.ids[-3:].tolist() == question[-3:]
@@ -140,13 +141,13 @@ PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": " c"}]
 
 def test_what_the_template_does_not_write_is_refused_and_not_learnt_as_nothing():
     lenient = TEMPLATE.replace("message['content'] | trim", "(message['content'] or '') | trim")
-    with pytest.raises(UnusableRecord, match="tool_calls of the assistant, for which the chat template has no place"):
+    with pytest.raises(UnusableRecord, match="tool_calls of assistant, for which the chat template has no place"):
         renderer(lenient).answer([CALL], [user("a")])
-    with pytest.raises(UnusableRecord, match="tool_calls of the assistant"):
+    with pytest.raises(UnusableRecord, match="tool_calls of assistant"):
         renderer(lenient).answer([{**CALL, "content": "b"}], [user("a")])
     with pytest.raises(UnusableRecord, match="tool_calls of assistant"):
         renderer(lenient).source([user("a"), {**CALL, "content": "b"}, user("c")])
-    with pytest.raises(UnusableRecord, match="reasoning_content of the assistant"):
+    with pytest.raises(UnusableRecord, match="reasoning_content of assistant"):
         renderer().answer([{**assistant("b"), "reasoning_content": "c"}], [user("a")])
     deaf = "{%- set messages = messages | rejectattr('role', 'equalto', 'system') | list -%}" + TEMPLATE
     with pytest.raises(UnusableRecord, match="content of system"):
@@ -173,3 +174,16 @@ def test_content_in_parts_is_their_text():
 def test_empty_questions_are_refused(question):
     with pytest.raises(UnusableRecord, match="empty question"):
         renderer().source(question)
+
+
+def test_a_conversation_of_thousands_of_turns_renders_what_is_read(monkeypatch):
+    """Each of its questions: rendering all that came before would take a time that grows with the square."""
+    made = renderer(source=100)
+    rendered_messages = []
+    template = made._template
+    monkeypatch.setattr(made, "_template", lambda m, *a: rendered_messages.append(len(m)) or template(m, *a))
+    messages = [user("the c"), assistant("b")] * 3000
+    found = made.source([*messages, user("d")])
+    assert 50 < len(found.ids) <= 100 < found.cut
+    made.target([assistant("b")], found.prompt)
+    assert sum(rendered_messages) < 500

@@ -88,7 +88,8 @@ def test_bad_records_are_named_and_skipped(tmp_path: Path):
     bad = BadRecords(8)
     assert [record.text for record in TextSource(str(path)).texts(bad)] == ["good", "fine"]
     assert bad.reasons == {
-        "not valid JSON": 2,
+        "not valid JSON": 1,
+        "not UTF-8": 1,
         "no column 'text' (has 'body', 'id')": 1,
         "text is int, not a string": 1,
         "text is NoneType, not a string": 1,
